@@ -1,0 +1,1 @@
+"""Everything that knows Ray: one file a stage, each around pure functions of `screening`."""

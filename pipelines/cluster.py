@@ -1,0 +1,55 @@
+"""Starting Ray: an existing cluster where there is one, else one on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import ray
+
+
+if TYPE_CHECKING:  # the configuration pulls in torch, which segmentation workers do without
+    from pipelines.config import ResourcesConfig
+
+
+@contextmanager
+def cluster(resources: ResourcesConfig) -> Iterator[None]:
+    """Connect to the cluster that ``RAY_ADDRESS`` names, or start Ray on this machine for as long as the block lasts.
+
+    If Ray is already running in this process (in a notebook, a test or a job) it is used and left running.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    # Ray's own bars would fight with ours, and one screen's stages are told apart by ours.
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    common = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**common)
+    else:
+        ray.init(
+            address="local",
+            num_cpus=resources.cpus,
+            object_store_memory=resources.object_store_mb * 2**20,
+            include_dashboard=False,
+            **common,
+        )
+    quiet_ray_data()
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def quiet_ray_data() -> None:
+    """Switch Ray Data's progress bars and its narration off; stages report for themselves."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.enable_operator_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)

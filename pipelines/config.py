@@ -1,0 +1,260 @@
+"""The configuration of a run: the choices of every stage in one model, read from YAML, overridden by dotted keys."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+
+from screening.augmentation import AugmentConfig
+from screening.embedding import EmbedConfig
+from screening.evaluation import EvaluationConfig
+from screening.i3d import ModelConfig
+from screening.profiles import ProfilesConfig
+from screening.site import SegmentConfig
+from screening.splits import SplitConfig
+from screening.training import TrainConfig
+from storage_schemas import store
+from storage_schemas.base import Config
+from storage_schemas.errors import InputError
+
+
+class ConfigError(InputError):
+    """The configuration is not usable: exit code 2, as for any other wrong usage."""
+
+
+class InputsConfig(Config):
+    """Where the screen's plates and tables lie; relative paths are relative to the configuration's folder."""
+
+    plates: tuple[str, ...] = Field(
+        description="OME-Zarr plates: paths or URLs; a last part with * or ? stands for all that match",
+        examples=[["plates/*.zarr"]],
+        min_length=1,
+    )
+    plate_map: str = Field(
+        description="table with plate, well, compound, role and, if known, concentration, unit, replicate",
+        examples=["plate_map.csv"],
+    )
+    compounds: str | None = Field(
+        None, description="table with compound and, if known, name, moa, cas, inchikey, smiles, target"
+    )
+    unmapped_wells: Literal["error", "skip"] = Field(
+        "error", description="wells with images that the plate map does not name"
+    )
+    missing_wells: Literal["error", "skip"] = Field(
+        "error", description="wells of the plate map that no plate has images of"
+    )
+    unused_compounds: Literal["error", "skip"] = Field(
+        "error", description="compounds of the table of compounds that are on no plate"
+    )
+
+
+class ResourcesConfig(Config):
+    """What the run may use. Nothing here changes a result, so a run may go on with other resources."""
+
+    cpus: int | None = Field(
+        None, ge=1, description="CPUs of a Ray started on this machine; null: all"
+    )
+    object_store_mb: int = Field(
+        512, ge=80, description="MiB of Ray's object store on this machine"
+    )
+    segment_cpus: float = Field(1.0, gt=0, description="CPUs that one well's segmentation asks for")
+    embed_actors: int = Field(1, ge=1, description="actors that hold the network and embed")
+    embed_gpus: float = Field(0.0, ge=0, description="GPUs that one embedding actor asks for")
+    train_workers: int = Field(1, ge=1, description="workers that train together")
+    train_gpus: float = Field(0.0, ge=0, description="GPUs that one training worker asks for")
+    train_max_failures: int = Field(
+        2, ge=0, description="lost workers or nodes after which training gives up"
+    )
+
+
+class RunConfig(Config):
+    """Everything that a run depends on."""
+
+    title: str = Field("Phenotypic screen", description="what the report is headed with")
+    seed: int = Field(0, ge=0, description="seed of everything that is random")
+    inputs: InputsConfig = Field(description="plates and tables")
+    segment: SegmentConfig = Field(description="from plates to single-cell clips")
+    split: SplitConfig = Field(SplitConfig(), description="training, validation and held-out tests")
+    model: ModelConfig = Field(ModelConfig(), description="the network")
+    augment: AugmentConfig = Field(AugmentConfig(), description="augmentation of training clips")
+    train: TrainConfig = Field(TrainConfig(), description="training")
+    embed: EmbedConfig = Field(EmbedConfig(), description="embedding of all clips")
+    profiles: ProfilesConfig = Field(ProfilesConfig(), description="well and compound profiles")
+    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="held-out tests")
+    max_failed_share: float = Field(
+        0.5, ge=0, le=1, description="share of wells that may fail before the run stops"
+    )
+    resources: ResourcesConfig = Field(ResourcesConfig(), description="what the run may use")
+
+
+def load(url: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a configuration file and apply overrides to it; its relative paths become absolute.
+
+    Args:
+        url: a YAML file.
+        overrides: ``dotted.key=value``, the value in YAML.
+
+    Raises:
+        ConfigError: if the file is missing or not YAML, or a key or value is wrong.
+    """
+    try:
+        document = yaml.safe_load(store.read_bytes(url))
+    except InputError as error:
+        raise ConfigError(str(error)) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{url}: is not YAML: {error}") from error
+    if not isinstance(document, dict):
+        raise ConfigError(f"{url}: expected a YAML mapping; `screening config` prints one to edit")
+    for override in overrides:
+        _override(document, override)
+    config = parse(document, url)
+    base = store.parent(store.absolute(url))
+    inputs = config.inputs.model_copy(
+        update={
+            "plates": tuple(store.absolute(plate, base) for plate in config.inputs.plates),
+            "plate_map": store.absolute(config.inputs.plate_map, base),
+            "compounds": config.inputs.compounds and store.absolute(config.inputs.compounds, base),
+        }
+    )
+    return config.model_copy(update={"inputs": inputs})
+
+
+def parse(document: Mapping[str, Any], source: str) -> RunConfig:
+    """Validate a configuration.
+
+    Args:
+        document: the configuration as plain values.
+        source: what to call it in errors.
+
+    Raises:
+        ConfigError: naming every wrong key, with the nearest right one, and every wrong value.
+    """
+    try:
+        return RunConfig.model_validate(document)
+    except ValidationError as error:
+        problems = "\n".join(f"  {_explain(entry)}" for entry in error.errors())
+        raise ConfigError(f"{source}: the configuration is not usable:\n{problems}") from error
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Dotted keys, with old and new value, in which two configurations differ."""
+    a, b = dict(_leaves(old)), dict(_leaves(new))
+    changed = [key for key in {**a, **b} if a.get(key) != b.get(key)]
+    return [f"{key}: {a.get(key)} → {b.get(key)}" for key in changed]
+
+
+def commented_default() -> str:
+    """The whole default configuration as YAML, each key with what it means."""
+    return "\n".join(
+        [
+            "# The whole configuration with its defaults. Only inputs and segment.channels.nucleus must be given.",
+            *_commented(RunConfig, {}, 0),
+            "",
+        ]
+    )
+
+
+def _override(document: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override!r}: expected dotted.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is not YAML: {error}") from error
+    *path, last = key.split(".")
+    node = document
+    for part in path:
+        child = node.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {override!r}: {part!r} is a value, not a group of keys")
+        node = child
+    if last == "method" and node.get("method") != value:
+        # Another choice of a union has other keys: what was set for the old one goes with it.
+        node.clear()
+    node[last] = value
+
+
+def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _explain(entry: Any) -> str:
+    location = [str(part) for part in entry["loc"]]
+    where = ".".join(location)
+    if entry["type"] != "extra_forbidden":
+        return f"{where}: {entry['msg']} (found {entry['input']!r})"
+    known = list(_fields_at(location[:-1]))
+    near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"known keys there: {known}"
+    return f"{where}: unknown key; {hint}"
+
+
+def _fields_at(location: Sequence[str]) -> Mapping[str, Any]:
+    """Fields of the model at a location of a validation error, which also names choices of unions."""
+    models: list[type[BaseModel]] = [RunConfig]
+    for part in location:
+        chosen = [m for m in models if _method(m) == part]
+        children = [m for model in models for m in _models(model, part)]
+        models = chosen or children or models
+    return {name: field for model in models for name, field in model.model_fields.items()}
+
+
+def _models(model: type[BaseModel], name: str) -> list[type[BaseModel]]:
+    field = model.model_fields.get(name)
+    return _members(field.annotation) if field else []
+
+
+def _members(annotation: Any) -> list[type[BaseModel]]:
+    """The models that an annotation allows."""
+    origin = typing.get_origin(annotation)
+    if origin is Annotated:
+        return _members(typing.get_args(annotation)[0])
+    if origin in (typing.Union, types.UnionType):
+        return [m for member in typing.get_args(annotation) for m in _members(member)]
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return []
+
+
+def _method(model: type[BaseModel]) -> str | None:
+    field = model.model_fields.get("method")
+    return str(typing.get_args(field.annotation)[0]) if field else None
+
+
+def _commented(model: type[BaseModel], values: Mapping[str, Any], depth: int) -> Iterator[str]:
+    indent = "  " * depth
+    for name, field in model.model_fields.items():
+        default = values.get(name)
+        if default is None and not field.is_required():
+            default = field.get_default(call_default_factory=True)
+        elif field.examples:
+            default = field.examples[0]
+        members = _members(field.annotation)
+        choices = [method for method in map(_method, members) if method]
+        comment = field.description or ""
+        if len(choices) > 1:
+            comment += f"; choices of method: {', '.join(choices)}"
+        yield f"{indent}# {comment}"
+        if members and (isinstance(default, BaseModel) or field.is_required()):
+            yield f"{indent}{name}:"
+            chosen = type(default) if isinstance(default, BaseModel) else members[0]
+            inner = {k: getattr(default, k) for k in chosen.model_fields} if default else {}
+            yield from _commented(chosen, inner, depth + 1)
+        else:
+            yield f"{indent}{name}: {_scalar(default)}"
+
+
+def _scalar(value: Any) -> str:
+    plain = list(value) if isinstance(value, tuple) else value
+    return yaml.safe_dump(plain, default_flow_style=True, width=10_000).removesuffix("...\n").strip()

@@ -1,0 +1,104 @@
+"""Stage `embed`: clips and a network in; an embedding a cell out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+
+from pipelines.config import RunConfig
+from pipelines.inputs import Inputs
+from pipelines.units import Counts, Work, run_units
+from screening.embedding import EmbedConfig, embed, restore
+from screening.i3d import frames_seen
+from storage_schemas.checkpoint import read_manifest, read_weights
+from storage_schemas.clips import channel_names, open_clips
+from storage_schemas.errors import SchemaError
+from storage_schemas.keys import WellKey
+from storage_schemas.screen import Screen
+from storage_schemas.tables import CELLS, embeddings_form, open_table, write_table
+
+OUTPUT_VERSION = 1  # raised when the same configuration gives other files
+
+
+def embed_screen(
+    config: RunConfig, inputs: Inputs, screen: Screen, fingerprint: str
+) -> tuple[Counts, list[str]]:
+    """Embed the clips of every segmented well that has not been done.
+
+    Returns:
+        Counts over the whole stage, and notes for the reader.
+
+    Raises:
+        StageError: if too many wells fail.
+    """
+    segmented = screen.done_units("segment")
+    units = [well for well in inputs.wells if well in segmented]
+    actors = config.resources.embed_actors
+    cpus = ray.cluster_resources().get("CPU", 1) / actors
+    context = _Context(screen, config.embed, fingerprint, max(1, int(cpus)))
+    work = Work(
+        EmbedWells,
+        (context,),
+        # An actor on a CPU computes on all that it is given; on a GPU it only feeds.
+        num_cpus=min(1.0, cpus),
+        num_gpus=config.resources.embed_gpus,
+        actors=actors,
+    )
+    run_units(screen, "embed", units, work, config.max_failed_share)
+    done = screen.done_units("embed")
+    rows = [
+        len(open_table(screen.embeddings(well), _form(screen), ["track"]))
+        for well in units
+        if well in done
+    ]
+    counts = {"wells": len(units), "done": len(rows), "failed": len(screen.failures("embed"))}
+    return counts | {"cells": sum(rows)}, []
+
+
+@dataclass(frozen=True)
+class _Context:
+    screen: Screen
+    config: EmbedConfig
+    fingerprint: str
+    threads: int
+
+
+class EmbedWells:
+    """Holds the network and embeds a well at a time."""
+
+    def __init__(self, context: _Context) -> None:
+        torch.set_num_threads(context.threads)
+        self._context = context
+        self._manifest = read_manifest(context.screen.checkpoint)
+        weights = read_weights(context.screen.checkpoint)
+        self._network, self._normalisation = restore(self._manifest, weights)
+        self._network.to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def __call__(self, well: WellKey) -> Counts:
+        """Embed one well's clips and write them."""
+        screen, config, manifest = self._context.screen, self._context.config, self._manifest
+        url = screen.clips(well)
+        clips = open_clips(url)
+        if channel_names(clips) != list(manifest.channels):
+            raise SchemaError(
+                url, f"has the channels {channel_names(clips)}, the network {list(manifest.channels)}"
+            )
+        frames = frames_seen(self._network.config, clips.shape[2])
+        vectors = np.empty((clips.shape[0], manifest.embedding_dim), np.float32)
+        # A slice at a time: memory does not grow with the cells of a well.
+        for start in range(0, len(vectors), config.read_clips):
+            block = np.asarray(clips[start : start + config.read_clips])
+            vectors[start : start + len(block)] = embed(
+                self._network, block, self._normalisation, frames, config.batch_size
+            )
+        cells = open_table(screen.cells(well), CELLS, ["plate", "well", "site", "track", "clip"])
+        cells = cells.filter(pa.compute.is_valid(cells["clip"])).sort_by("clip")
+        column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
+        table = cells.drop_columns(["clip"]).append_column("embedding", column)
+        form = embeddings_form(manifest.embedding_dim)
+        write_table(screen.embeddings(well), table, form, self._context.fingerprint)
+        return {"cells": len(vectors)}

@@ -1,0 +1,119 @@
+"""Asking a finished screen: what resembles this, and which mechanism do its cells vote for. No Ray, no torch."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from screening import prediction, similarity
+from storage_schemas.errors import InputError
+from storage_schemas.index import Level, read_level, read_manifest
+from storage_schemas.screen import Screen
+from storage_schemas.tables import SPLIT, open_table
+
+
+def query(screen: Screen, compound: str, k: int, level: Level = "compound") -> pd.DataFrame:
+    """What resembles a compound most.
+
+    The compound is the mean of its vectors at the level asked for; it is never its own answer.
+
+    Args:
+        screen: a screen with an index.
+        compound: its id.
+        k: how many answers.
+        level: compounds (profiles), wells (profiles) or cells (embeddings).
+
+    Returns:
+        rank, id (see :data:`storage_schemas.tables.INDEX_IDS`), compound, moa, similarity (cosine), nearest first.
+
+    Raises:
+        InputError: for a screen without index or an unknown compound, with names near it.
+    """
+    stored, ids = read_level(screen.index, level)
+    manifest = read_manifest(screen.index)
+    own = ids["compound"].to_numpy() == compound
+    if not own.any():
+        raise _unknown_compound(screen, compound)
+    index = similarity.deserialise(stored, len(ids), manifest.dimension)
+    of_own = [index.reconstruct(int(i)) for i in np.flatnonzero(own)]
+    return _neighbours(index, ids, np.mean(of_own, axis=0)[None], own, k)
+
+
+def nearest_compounds(screen: Screen, k: int) -> pd.DataFrame:
+    """Each compound's nearest compounds: compound, moa, rank, neighbour, neighbour_moa, similarity."""
+    stored, ids = read_level(screen.index, "compound")
+    index = similarity.deserialise(stored, len(ids), read_manifest(screen.index).dimension)
+    tables = []
+    for position, row in enumerate(ids.itertuples(index=False)):
+        own = np.arange(len(ids)) == position
+        found = _neighbours(index, ids, index.reconstruct(position)[None], own, k)
+        found = found.rename(columns={"compound": "neighbour", "moa": "neighbour_moa"})
+        tables.append(found.drop(columns="id").assign(compound=row.compound, moa=row.moa))
+    columns = ["compound", "moa", "rank", "neighbour", "neighbour_moa", "similarity"]
+    return pd.concat(tables, ignore_index=True)[columns]
+
+
+def _neighbours(
+    index: object,
+    ids: pd.DataFrame,
+    vector: npt.NDArray[np.float32],
+    excluded: npt.NDArray[np.bool_],
+    k: int,
+) -> pd.DataFrame:
+    # As many more as could be left out again.
+    scores, positions = similarity.search(index, vector, k + int(excluded.sum()))
+    kept = ~excluded[positions[0]]
+    found = ids.iloc[positions[0][kept][:k]][["id", "compound", "moa"]].reset_index(drop=True)
+    found.insert(0, "rank", np.arange(1, len(found) + 1))
+    return found.assign(similarity=scores[0][kept][:k])
+
+
+def _unknown_compound(screen: Screen, compound: str) -> InputError:
+    _, known = read_level(screen.index, "compound")
+    near = similarity.suggest(compound, known["compound"])
+    hint = f"did you mean {', '.join(near)}?" if near else f"it has {', '.join(known['compound'][:5])} …"
+    return InputError(f"{screen.url}: compound {compound!r} is not in the index; {hint}")
+
+
+def predict(screen: Screen, compound: str | None) -> pd.DataFrame:
+    """The mechanisms that a compound's cells vote for, by MitoReID's rule.
+
+    Each cell votes for the MOA of its nearest cell of another compound of known MOA. Where the network was trained on
+    the compound itself, its vote is no test of the network: the column ``split`` says so.
+
+    Args:
+        screen: a screen with embeddings.
+        compound: its id; all compounds but the negative controls by default, each with its first choice only.
+
+    Returns:
+        compound, moa, share of the votes, mean_distance (cosine), n_cells, true_moa (where known) and split.
+
+    Raises:
+        InputError: for an unknown compound, with names near it.
+    """
+    stored, ids = read_level(screen.index, "cell")
+    manifest = read_manifest(screen.index)
+    index = similarity.deserialise(stored, len(ids), manifest.dimension)
+    cells = index.reconstruct_n(0, len(ids))
+    split = open_table(screen.split, SPLIT).to_pandas()
+    controls = set(split.loc[split["role"] == "negative_control", "compound"])
+    names = ids["compound"]
+    if compound is not None and compound not in set(names):
+        raise _unknown_compound(screen, compound)
+    asked = (names == compound) if compound is not None else ~names.isin(controls)
+    known = (ids["moa"].notna() & ~names.isin(controls)).to_numpy()
+    votes = prediction.vote(
+        cells[asked.to_numpy()],
+        names[asked].to_numpy(object),
+        cells[known],
+        ids["moa"].to_numpy(object)[known],
+        names.to_numpy(object)[known],
+    )
+    if compound is None:
+        votes = votes.groupby("compound", sort=False).head(1)
+    first = split.sort_values(["plate", "well"]).groupby("compound")
+    part = first["split"].agg(lambda parts: "train" if "train" in set(parts) else parts.iloc[0])
+    return votes.assign(
+        true_moa=votes["compound"].map(first["moa"].first()), split=votes["compound"].map(part)
+    ).reset_index(drop=True)

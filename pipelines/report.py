@@ -1,0 +1,112 @@
+"""Stage `report`: everything a run has found, as one HTML page."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from pipelines.config import RunConfig
+from pipelines.inputs import Inputs
+from pipelines.query import nearest_compounds
+from pipelines.status import stage_table
+from pipelines.units import Counts
+from pipelines.vectors import read_embeddings
+from screening.report import Example, ReportData, channel_colours, embedding_map, render
+from storage_schemas import store
+from storage_schemas.clips import channel_names, open_clips, read_clips
+from storage_schemas.keys import WellKey
+from storage_schemas.screen import Screen
+from storage_schemas.tables import CELLS, TRAINING_METRICS, open_table
+
+OUTPUT_VERSION = 1  # raised when the same configuration gives another page
+
+_MAPPED_CELLS = 20_000  # more would be one blot, and a heavy page
+_EXAMPLES = 40  # clips in the page
+_NEIGHBOURS = 5
+
+
+def report(
+    config: RunConfig, inputs: Inputs, screen: Screen, fingerprint: str
+) -> tuple[Counts, list[str]]:
+    """Write the page.
+
+    Returns:
+        Counts, and notes for the reader.
+    """
+    rng = np.random.default_rng([config.seed, 5])
+    manifest = screen.read_manifest()
+    metrics = open_table(screen.training_metrics, TRAINING_METRICS).to_pandas()
+    keys, embeddings = read_embeddings(screen, inputs.wells)
+    maps = inputs.plate_map.merge(inputs.compounds[["compound", "moa"]], on="compound", how="left")
+    examples = _examples(inputs, screen, maps, rng)
+    data = ReportData(
+        title=config.title,
+        provenance={
+            **{f"version of {name}": version for name, version in manifest.software.items()},
+            "seed": config.seed,
+            "plates": {plate.name: plate.url for plate in inputs.plates.values()},
+            "fingerprints": {name: record.fingerprint for name, record in manifest.stages.items()},
+            "configuration": manifest.config,
+        },
+        counts=stage_table(screen),
+        plate_maps=_plate_maps(screen, maps, keys),
+        training=metrics.pivot(index="epoch", columns="name", values="value").reset_index(),
+        embedding_map=_map(maps, keys, embeddings, rng),
+        evaluation=store.read_json(screen.evaluation),
+        retrieval=nearest_compounds(screen, _NEIGHBOURS),
+        examples=examples,
+        notes=[
+            *inputs.notes,
+            *(note for record in manifest.stages.values() for note in record.notes),
+            *(f"{f.unit} failed: {f.message}" for f in screen.failures("segment")),
+        ],
+    )
+    store.write_bytes(screen.report, render(data).encode())
+    return {"clips shown": len(examples), "compounds": len(inputs.compounds)}, []
+
+
+def _plate_maps(screen: Screen, maps: pd.DataFrame, keys: pd.DataFrame) -> pd.DataFrame:
+    """A row a well with its number of embedded cells, missing where the well was not embedded."""
+    counted = keys.groupby(["plate", "well"]).size().rename("n_cells").reset_index()
+    table = maps.merge(counted, on=["plate", "well"], how="left")
+    done = screen.done_units("embed")
+    empty = [WellKey(*key) in done for key in zip(table["plate"], table["well"], strict=True)]
+    table["n_cells"] = table["n_cells"].mask(table["n_cells"].isna() & np.array(empty), 0)
+    return table.dropna(axis=1, how="all")
+
+
+def _map(
+    maps: pd.DataFrame, keys: pd.DataFrame, embeddings: np.ndarray, rng: np.random.Generator
+) -> pd.DataFrame:
+    picked = np.sort(rng.choice(len(keys), min(len(keys), _MAPPED_CELLS), replace=False))
+    placed = embedding_map(embeddings[picked], rng)
+    table = keys.iloc[picked].assign(x=placed[:, 0], y=placed[:, 1])
+    columns = ["plate", "well", "compound", "moa", "replicate"]
+    return table.merge(maps[columns], on=["plate", "well"], how="left")
+
+
+def _examples(
+    inputs: Inputs, screen: Screen, maps: pd.DataFrame, rng: np.random.Generator
+) -> list[Example]:
+    """A cell of one well of each compound, a compound of each MOA first, controls among them."""
+    done = screen.done_units("segment")
+    here = [WellKey(*key) in done for key in zip(maps["plate"], maps["well"], strict=True)]
+    wells = maps[here].drop_duplicates("compound")
+    wells = wells.assign(turn=wells.groupby("moa", dropna=False).cumcount())
+    examples = []
+    for row in wells.sort_values(["turn", "moa", "compound"]).itertuples(index=False):
+        if len(examples) == _EXAMPLES:
+            break
+        key = WellKey(row.plate, row.well)
+        cells = open_table(screen.cells(key), CELLS, ["site", "track", "clip"]).to_pandas()
+        cells = cells[cells["clip"].notna()]
+        if cells.empty:
+            continue
+        cell = cells.iloc[int(rng.integers(len(cells)))]
+        clips = open_clips(screen.clips(key))
+        kind = "negative control" if row.role == "negative_control" else row.moa
+        title = f"{row.compound} ({kind})" if isinstance(kind, str) else str(row.compound)
+        clip = read_clips(screen.clips(key), [int(cell["clip"])])[0]
+        caption = f"{key}, site {cell['site']}, track {cell['track']}"
+        examples.append(Example(title, caption, clip, channel_colours(channel_names(clips))))
+    return examples

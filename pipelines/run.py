@@ -1,0 +1,210 @@
+"""The whole screen: every stage in order, each done once, resumed where it was cut off."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from pipelines import embed, evaluate, index, report, segment, train
+from pipelines.cluster import cluster
+from pipelines.config import ConfigError, RunConfig, differences
+from pipelines.inputs import Inputs, open_inputs
+from pipelines.progress import console
+from pipelines.units import Counts, StageError
+from storage_schemas import store
+from storage_schemas.errors import InputError
+from storage_schemas.screen import STAGES, Manifest, Screen, Stage, StageRecord, fingerprint
+from storage_schemas.tables import COMPOUNDS, PLATE_MAP, write_table
+
+_SOFTWARE = ("screening", "ray", "torch", "numpy", "zarr", "scikit-image", "faiss-cpu", "pyarrow")
+
+
+@dataclass(frozen=True)
+class _StageSpec:
+    """A stage: what does it, which earlier stages and which parts of the configuration it depends on."""
+
+    function: Callable[[RunConfig, Inputs, Screen, str], tuple[Counts, list[str]]]
+    version: int
+    after: tuple[Stage, ...]
+    settings: tuple[str, ...]
+    tables: bool = True  # whether it reads the plate map's and the compounds' annotation
+
+
+_SPECS: dict[Stage, _StageSpec] = {
+    "segment": _StageSpec(segment.segment, segment.OUTPUT_VERSION, (), ("segment",), tables=False),
+    "train": _StageSpec(
+        train.train,
+        train.OUTPUT_VERSION,
+        ("segment",),
+        ("seed", "split", "model", "augment", "train"),
+    ),
+    "embed": _StageSpec(
+        embed.embed_screen, embed.OUTPUT_VERSION, ("segment", "train"), (), tables=False
+    ),
+    "index": _StageSpec(index.index, index.OUTPUT_VERSION, ("embed",), ("profiles",)),
+    "evaluate": _StageSpec(
+        evaluate.evaluate, evaluate.OUTPUT_VERSION, ("train", "embed"), ("seed", "evaluation")
+    ),
+    "report": _StageSpec(
+        report.report,
+        report.OUTPUT_VERSION,
+        ("segment", "train", "embed", "index", "evaluate"),
+        ("title", "seed"),
+    ),
+}
+assert tuple(_SPECS) == STAGES
+
+
+def run(
+    config: RunConfig, out: str, stages: Sequence[Stage] = STAGES, *, update: bool = False
+) -> int:
+    """Run stages of a screen, or go on with them.
+
+    Args:
+        config: the configuration.
+        out: the screen's folder or object-store prefix.
+        stages: which; those before them must have been done.
+        update: accept that the folder holds a run of another configuration, and do again what depends on the change.
+
+    Returns:
+        How many wells failed, and are recorded as failed.
+
+    Raises:
+        InputError: whatever the user can mend.
+    """
+    screen = Screen(store.absolute(out))
+    previous = _previous(screen, config, update)
+    inputs = open_inputs(config.inputs)
+    _write_start(config, screen, inputs, previous)
+    for note in inputs.notes:
+        console.print(f"note: {note}", soft_wrap=True)
+    failed = 0
+    with cluster(config.resources):
+        for stage in STAGES:
+            if stage in stages:
+                _run_stage(stage, config, inputs, screen)
+            failed += len(screen.failures(stage)) if stage in stages else 0
+    return failed
+
+
+def _previous(screen: Screen, config: RunConfig, update: bool) -> Manifest | None:
+    if not screen.exists():
+        names = [name for name in store.list_names(screen.url) if not name.startswith(".")]
+        if names:
+            raise ConfigError(
+                f"{screen.url}: holds {names[:5]} but no screen; choose a new or empty folder for --out"
+            )
+        return None
+    previous = screen.read_manifest()
+    changed = differences(previous.config, _identity(config))
+    if changed and not update:
+        shown = "\n".join(f"  {line}" for line in changed[:10])
+        raise ConfigError(
+            f"{screen.url}: holds a run of another configuration:\n{shown}\n"
+            "choose another folder for --out, or give --update to do again what depends on the change"
+        )
+    return previous
+
+
+def _identity(config: RunConfig) -> dict[str, Any]:
+    """The configuration without what changes no result."""
+    return config.model_dump(mode="json", exclude={"resources", "max_failed_share"})
+
+
+def _write_start(
+    config: RunConfig, screen: Screen, inputs: Inputs, previous: Manifest | None
+) -> None:
+    software = {name: importlib.metadata.version(name) for name in _SOFTWARE}
+    manifest = Manifest(
+        software=software,
+        config=_identity(config),
+        stages=previous.stages if previous else {},
+    )
+    screen.write_manifest(manifest)
+    write_table(screen.plate_map, inputs.plate_map, PLATE_MAP)
+    write_table(screen.compounds, inputs.compounds, COMPOUNDS)
+
+
+def _run_stage(stage: Stage, config: RunConfig, inputs: Inputs, screen: Screen) -> None:
+    manifest = screen.read_manifest()
+    spec = _SPECS[stage]
+    before = {}
+    for name in spec.after:
+        record = manifest.stages.get(name)
+        if record is None or not record.done:
+            raise InputError(
+                f"{screen.url}: stage {stage!r} needs {name!r}, which has not been done here; "
+                f"run it first, or leave --stages away to run all"
+            )
+        before[name] = record.output
+    settings = config.model_dump(mode="json", include=set(spec.settings))
+    mark = fingerprint(stage, spec.version, settings, before, _input_identity(inputs, spec.tables))
+    record = manifest.stages.get(stage)
+    if record is not None and record.fingerprint != mark:
+        screen.remove_stage(stage)
+        record = None
+    if record is not None and record.done and not screen.failures(stage):
+        console.print(f"{stage}: done before")
+        return
+    record = StageRecord(fingerprint=mark)
+    if stage in ("segment", "embed"):
+        record.counts = {"wells": len(inputs.wells)}
+    _write_record(screen, stage, record)
+
+    start = time.monotonic()
+    try:
+        counts, notes = spec.function(config, inputs, screen, mark)
+    except ray.exceptions.RayTaskError as error:
+        # What a task raised, not Ray's account of where it ran.
+        if isinstance(error.cause, InputError):
+            raise error.cause from error
+        raise StageError(f"{stage}: {error}") from error
+    except ray.exceptions.RayError as error:
+        raise StageError(f"{stage}: Ray could not go on: {error}") from error
+    units = sorted(map(str, screen.done_units(stage))) if stage in ("segment", "embed") else []
+    _write_record(
+        screen,
+        stage,
+        StageRecord(
+            fingerprint=mark,
+            done=True,
+            output=fingerprint(mark, units),
+            counts=counts,
+            notes=notes,
+            seconds=time.monotonic() - start,
+        ),
+    )
+    shown = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    console.print(f"{stage}: {shown} ({time.monotonic() - start:.0f} s)", soft_wrap=True)
+    for note in notes:
+        console.print(f"  note: {note}", soft_wrap=True)
+    for failure in screen.failures(stage)[:5]:
+        console.print(f"  failed: {failure.unit}: {failure.message}", soft_wrap=True)
+
+
+def _write_record(screen: Screen, stage: Stage, record: StageRecord) -> None:
+    manifest = screen.read_manifest()
+    screen.write_manifest(
+        manifest.model_copy(update={"stages": {**manifest.stages, stage: record}})
+    )
+
+
+def _input_identity(inputs: Inputs, tables: bool) -> Any:
+    """Which images a stage sees and, where it matters, what the tables say of them.
+
+    Plates are known by name, wells and metadata: pixels that change under the same names go unnoticed.
+    """
+    plates = {name: sorted(plate.well_paths.items()) for name, plate in inputs.plates.items()}
+    wells = [str(well) for well in inputs.wells]
+    if not tables:
+        return [plates, wells]
+    annotation = [
+        frame.astype(object).where(frame.notna(), None).to_dict("records")
+        for frame in (inputs.plate_map, inputs.compounds)
+    ]
+    return [plates, wells, annotation]

@@ -1,0 +1,42 @@
+"""How far a screen has come."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from storage_schemas.screen import STAGES, Screen
+
+
+def stage_table(screen: Screen) -> pd.DataFrame:
+    """A row a stage: its state, units done, failed and left, and the counts of what went in and out.
+
+    Raises:
+        SchemaError: if there is no screen.
+    """
+    manifest = screen.read_manifest()
+    rows = []
+    for stage in STAGES:
+        record = manifest.stages.get(stage)
+        total = done = failed = None
+        if stage in ("segment", "embed") and record is not None:
+            total = record.counts.get("wells")
+            done = len(screen.done_units(stage))
+            failed = len(screen.failures(stage))
+        counts = {} if record is None else record.counts
+        rows.append(
+            {
+                "stage": stage,
+                "state": "not begun" if record is None else "done" if record.done else "begun",
+                "done": done,
+                "failed": failed,
+                "left": None if total is None else max(total - done - failed, 0),
+                "counts": ", ".join(
+                    f"{name} {count:,}"
+                    for name, count in counts.items()
+                    if name not in ("wells", "done", "failed")
+                ),
+                "seconds": None if record is None else round(record.seconds, 1),
+            }
+        )
+    table = pd.DataFrame(rows)
+    return table.astype({name: "Int64" for name in ("done", "failed", "left")})

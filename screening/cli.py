@@ -1,0 +1,336 @@
+"""The command `screening`: the composition root. Each command imports what it needs, so that help and queries are fast."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+
+from enum import IntEnum, StrEnum
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from storage_schemas.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Phenotypic drug screening: time-lapse plates in, answers about how the drugs act out.",
+    epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 3 done with recorded failures.",
+)
+
+
+class Exit(IntEnum):
+    """What a command's exit code says."""
+
+    DONE = 0
+    FAILED = 1
+    USAGE = 2
+    SOME_FAILED = 3
+
+
+class Format(StrEnum):
+    """How an answer is printed."""
+
+    table = "table"
+    json = "json"
+    csv = "csv"
+
+
+class LevelName(StrEnum):
+    """What is compared."""
+
+    compound = "compound"
+    well = "well"
+    cell = "cell"
+
+
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, e.g. train.epochs=20."),
+]
+FormatOption = Annotated[Format, typer.Option("--format", help="How to print the answer.")]
+ScreenArgument = Annotated[str, typer.Argument(help="Folder or URL of a screen.", show_default=False)]
+
+
+def main() -> None:
+    """Entry point; a user's mistake ends in a message, never in a traceback."""
+    try:
+        app()
+    except InputError as error:
+        # The class lives beside the configuration, which would load torch; its name is enough here.
+        usage = type(error).__name__ == "ConfigError"
+        typer.secho(f"error: {error}", err=True, fg="red")
+        sys.exit(Exit.USAGE if usage else Exit.FAILED)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; the same command goes on from here", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(Exit.DONE)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"screening {version('screening')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def simulate(
+    out: Annotated[str, typer.Argument(help="New folder.", show_default=False)],
+    settings: SetOption = None,
+    cpus: Annotated[int | None, typer.Option(help="CPUs to use; all by default.")] = None,
+) -> None:
+    """Write a simulated screen with its truth and a run.yaml that is ready to run.
+
+    Settings are those of the simulation: seed, replicates, compounds_per_moa, frames, height, width…
+    """
+    import yaml
+    from pydantic import ValidationError
+
+    from pipelines.cluster import cluster
+    from pipelines.config import ConfigError, ResourcesConfig
+    from pipelines.simulate import RUN_CONFIG
+    from pipelines.simulate import simulate as write
+    from screening.simulation import SimulationConfig
+
+    chosen = {}
+    for setting in settings or []:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {setting!r}: expected key=value")
+        chosen[key] = yaml.safe_load(value)
+    try:
+        config = SimulationConfig(**chosen)
+    except ValidationError as error:
+        raise ConfigError(f"the simulation's settings are not usable: {error}") from error
+    with cluster(ResourcesConfig(cpus=cpus)):
+        wells = write(config, out)
+    typer.echo(f"{out}: {wells} wells; run it: screening run {out}/{RUN_CONFIG} --out SCREEN")
+
+
+@app.command()
+def ingest(
+    source: Annotated[str, typer.Argument(help="Folder of TIFF files, or one file.", show_default=False)],
+    plate: Annotated[str, typer.Argument(help="The OME-Zarr plate to write or to add wells to.", show_default=False)],
+    pattern: Annotated[
+        str,
+        typer.Option(
+            help="Regular expression searched for in each path below SOURCE, with named groups: well, or row and "
+            "col; and any of site, time, channel, z.",
+        ),
+    ] = ".*",
+    well: Annotated[str | None, typer.Option(help="The well of all files, where names do not say it.")] = None,
+    site: Annotated[str, typer.Option(help="The site of files whose names do not say it.")] = "0",
+    channel: Annotated[str, typer.Option(help="The channel of files whose names do not say it.")] = "0",
+    axes: Annotated[str, typer.Option(help="Axes of one file, out of TCZYX.")] = "YX",
+    channel_names: Annotated[
+        str | None, typer.Option(help="Names for the channels, with commas, in the order of the files' own.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the plate; by default that of its folder.")] = None,
+    projection: Annotated[str, typer.Option(help="How z is projected: max or mean.")] = "max",
+    pixel_size: Annotated[float | None, typer.Option(help="Micrometres.")] = None,
+    time_step: Annotated[float | None, typer.Option(help="Seconds between frames.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace wells that are there.")] = False,
+) -> None:
+    """Write TIFF images as wells of an OME-Zarr plate."""
+    from pipelines.ingest import IngestOptions, describe
+    from pipelines.ingest import ingest as write
+    from screening.layouts import PatternLayout
+
+    if projection not in ("max", "mean"):
+        raise typer.BadParameter(f"{projection!r} is neither max nor mean", param_hint="--projection")
+    options = IngestOptions(
+        layout=PatternLayout(pattern=pattern, well=well, site=site, channel=channel),
+        axes=axes,
+        name=name,
+        channels=tuple(channel_names.split(",")) if channel_names else (),
+        pixel_size=pixel_size,
+        time_step=time_step,
+        overwrite=overwrite,
+        projection="max" if projection == "max" else "mean",
+    )
+    write(source, plate, options)
+    for line in describe(plate):
+        typer.echo(line)
+
+
+@app.command()
+def run(
+    config: Annotated[str, typer.Argument(help="The configuration (YAML).", show_default=False)],
+    out: Annotated[str, typer.Option(help="Folder or URL of the screen.", show_default=False)],
+    settings: SetOption = None,
+    stages: Annotated[
+        str | None, typer.Option(help="Only these, with commas: segment,train,embed,index,evaluate,report.")
+    ] = None,
+    update: Annotated[
+        bool, typer.Option("--update", help="Accept a changed configuration; do again what depends on it.")
+    ] = False,
+) -> None:
+    """Run a screen from plates to report, or go on where it was cut off."""
+    from pipelines.config import load
+    from pipelines.run import run as run_screen
+
+    failed = run_screen(load(config, settings or ()), out, _stages(stages), update=update)
+    typer.echo(f"{out}: done{f'; {failed} well(s) failed, see screening status {out}' if failed else ''}")
+    if failed:
+        raise typer.Exit(Exit.SOME_FAILED)
+
+
+@app.command()
+def demo(
+    out: Annotated[str, typer.Argument(help="Folder for the simulated plates and the screen.")] = "demo",
+    settings: SetOption = None,
+) -> None:
+    """Simulate a screen, run it, and show what it finds: the whole road in some minutes."""
+    from pipelines.cluster import cluster
+    from pipelines.config import ResourcesConfig, load
+    from pipelines.query import query as look_up
+    from pipelines.run import run as run_screen
+    from pipelines.simulate import RUN_CONFIG
+    from pipelines.simulate import simulate as write
+    from screening.simulation import SimulationConfig
+    from storage_schemas.screen import Screen
+    from storage_schemas.store import read_json
+
+    plates, folder = f"{out}/plates", f"{out}/screen"
+    with cluster(ResourcesConfig()):
+        write(SimulationConfig(), plates)
+        failed = run_screen(load(f"{plates}/{RUN_CONFIG}", settings or ()), folder)
+    screen = Screen(folder)
+    typer.echo("\nHeld-out tests: a cell's nearest cells, are they of its mechanism of action (MOA)?\n")
+    typer.echo(_evaluation_text(read_json(screen.evaluation)))
+    compound = "uncoupler-1"
+    typer.echo(f"\n$ screening query {folder} --compound {compound} -k 5\n")
+    _print(look_up(screen, compound, 5), Format.table)
+    typer.echo(f"\nThe report, to open in a browser: {Path(screen.report).resolve()}")
+    if failed:
+        raise typer.Exit(Exit.SOME_FAILED)
+
+
+@app.command()
+def query(
+    screen: ScreenArgument,
+    compound: Annotated[str, typer.Option(help="What to look up.", show_default=False)],
+    k: Annotated[int, typer.Option("-k", min=1, help="How many answers.")] = 10,
+    level: Annotated[LevelName, typer.Option(help="What to compare it with.")] = LevelName.compound,
+    output: FormatOption = Format.table,
+) -> None:
+    """Which compounds, wells or cells resemble a compound most?"""
+    from pipelines.query import query as look_up
+    from storage_schemas.screen import Screen
+
+    _print(look_up(Screen(screen), compound, k, level.value), output)  # type: ignore[arg-type]
+
+
+@app.command()
+def predict(
+    screen: ScreenArgument,
+    compound: Annotated[
+        str | None, typer.Option(help="All its candidates; without it each compound's first choice.")
+    ] = None,
+    output: FormatOption = Format.table,
+) -> None:
+    """Which mechanism of action do a compound's cells vote for?"""
+    from pipelines.query import predict as vote
+    from storage_schemas.screen import Screen
+
+    _print(vote(Screen(screen), compound), output)
+
+
+@app.command()
+def status(screen: ScreenArgument, output: FormatOption = Format.table) -> None:
+    """How far has a screen come? A row a stage, and what failed."""
+    from pipelines.status import stage_table
+    from storage_schemas.screen import STAGES, Screen
+
+    opened = Screen(screen)
+    _print(stage_table(opened), output)
+    if output is Format.table:
+        for stage in STAGES:
+            for failure in opened.failures(stage):
+                typer.echo(f"failed in {stage}: {failure.unit}: {failure.kind}: {failure.message}")
+
+
+@app.command()
+def config() -> None:
+    """Print the full default configuration, each setting with what it means."""
+    from pipelines.config import commented_default
+
+    typer.echo(commented_default(), nl=False)
+
+
+def _stages(text: str | None) -> tuple[Any, ...]:
+    from storage_schemas.screen import STAGES
+
+    chosen = text.split(",") if text else list(STAGES)
+    unknown = sorted(set(chosen) - set(STAGES))
+    if unknown:
+        raise typer.BadParameter(f"unknown {unknown}; there are {', '.join(STAGES)}", param_hint="--stages")
+    return tuple(chosen)
+
+
+def _print(table: pd.DataFrame, output: Format) -> None:
+    if output is Format.csv:
+        typer.echo(table.to_csv(index=False), nl=False)
+    elif output is Format.json:
+        rows = json.loads(table.to_json(orient="records", double_precision=6))
+        typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+    else:
+        typer.echo(_text(table))
+
+
+def _text(table: pd.DataFrame) -> str:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(box=None, pad_edge=False, header_style="bold")
+    for name in table.columns:
+        number = table[name].dtype.kind in "if"
+        grid.add_column(Text(str(name)), justify="right" if number else "left", overflow="fold")
+    for row in table.itertuples(index=False):
+        grid.add_row(*(Text(_cell(value)) for value in row))
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    with console.capture() as capture:
+        console.print(grid)
+    return capture.get().rstrip()
+
+
+def _cell(value: object) -> str:
+    import pandas as pd
+
+    if value is None or value is pd.NA or value != value:
+        return "–"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def _evaluation_text(result: dict[str, Any]) -> str:
+    """The held-out tests as a table: value, interval and chance of each metric, contrasts below."""
+    import pandas as pd
+
+    rows = []
+    for test, scores in result.items():
+        for contrast, part in (("all MOAs", scores), *scores["contrasts"].items()):
+            for name, score in part.items():
+                if isinstance(score, dict) and "chance" in score:
+                    rows.append({"held out": test, "among": contrast, "metric": name, **score})
+    return _text(pd.DataFrame(rows).rename(columns={"low": "95 % low", "high": "95 % high"}))

@@ -1,0 +1,1 @@
+"""What is on disk: every path, column, axis, dtype and version stands in this package."""

@@ -1,0 +1,25 @@
+"""Errors a user can mend: each says what was found, where, what was expected and how to mend it."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """Something the user gave (a file, a table, a name, a setting) is not usable as it is."""
+
+
+class SchemaError(InputError):
+    """A file on disk does not have the form that :mod:`storage_schemas` gives it.
+
+    Args:
+        path: where the offending file or folder lies (path or URL).
+        problem: what was found and what was expected.
+    """
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(f"{path}: {problem}")
+        self.path = path
+        self.problem = problem
+
+    def __reduce__(self) -> tuple[type[SchemaError], tuple[str, str]]:
+        # The default pickles args=(message,), which does not fit __init__; errors cross Ray processes.
+        return type(self), (self.path, self.problem)

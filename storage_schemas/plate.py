@@ -1,0 +1,465 @@
+"""Plates: OME-Zarr HCS. NGFF 0.5 on Zarr v3 is written, sharded; 0.4 on Zarr v2 is read too.
+
+Layout: ``PLATE.zarr/<row>/<column>/<site>/<level>``, axes ``tcyx`` when written; any subset of ``tczyx`` is read.
+One chunk is one plane; one shard is all channels of a time point, so that files are few and a frame is one read.
+Specification: https://ngff.openmicroscopy.org/0.5/
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from storage_schemas import arrays, store
+from storage_schemas.errors import InputError, SchemaError
+from storage_schemas.keys import canonical_well, check_name, split_well
+
+VERSION = "0.5"
+SMALLEST_LEVEL = 256  # px: the pyramid stops at the first level no larger than this
+
+Projection = Literal["max", "mean"]
+
+_SECONDS = {"second": 1.0, "millisecond": 1e-3, "minute": 60.0, "hour": 3600.0, "day": 86400.0}
+_MICROMETRES = {"micrometer": 1.0, "nanometer": 1e-3, "millimeter": 1e3, "angstrom": 1e-4}
+_COLORS = ("0000FF", "00FF00", "FF0000", "FFFF00", "FF00FF", "00FFFF", "FFFFFF")
+
+
+@dataclass(frozen=True)
+class Plate:
+    """An opened plate.
+
+    Attributes:
+        url: where it lies.
+        name: from its metadata, or its folder's name.
+        well_paths: canonical well name -> path inside the plate, in the plate's order.
+    """
+
+    url: str
+    name: str
+    well_paths: dict[str, str]
+
+    def sites(self, well: str) -> dict[str, str]:
+        """Site name -> URL of its image, in the well's order.
+
+        Raises:
+            SchemaError: if the well's metadata is missing or lists no images.
+        """
+        url = store.join(self.url, self.well_paths[well])
+        document = _ome(url, "well")
+        names = [str(entry.get("path", "")) for entry in document.get("images", [])]
+        if not names:
+            raise SchemaError(url, "is a well without images")
+        for name in names:
+            check_name(name, "site")
+        return {name: store.join(url, name) for name in names}
+
+
+@dataclass(frozen=True)
+class SiteImage:
+    """An opened site: an image over time.
+
+    Attributes:
+        url: where it lies.
+        axes: names of the stored array's axes, a subset of ``tczyx`` in that order.
+        channels: channel names, one a channel.
+        pixel_size: micrometres, or None where unknown.
+        time_step: seconds, or None where unknown.
+        n_levels: levels of its pyramid.
+    """
+
+    url: str
+    axes: str
+    channels: tuple[str, ...]
+    pixel_size: float | None
+    time_step: float | None
+    n_levels: int
+    _level_url: str
+    _array: zarr.Array[Any]
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(T, C, H, W), after projection of z."""
+        size = dict(zip(self.axes, self._array.shape, strict=True))
+        return size.get("t", 1), size.get("c", 1), size["y"], size["x"]
+
+    def read(
+        self,
+        channels: Sequence[str] | None = None,
+        frames: Sequence[int] | None = None,
+        projection: Projection = "max",
+    ) -> NDArray[Any]:
+        """Read pixels as a (T, C, H, W) array of the stored dtype (float32 for a mean over z).
+
+        Args:
+            channels: names, in the order wanted; all by default.
+            frames: time points; all by default.
+            projection: how z is projected, where there is a z.
+
+        Raises:
+            SchemaError: if a channel does not exist or a chunk cannot be read.
+        """
+        picks: dict[str, Any] = {}
+        if channels is not None:
+            picks["c"] = [self._channel(name) for name in channels]
+        if frames is not None:
+            picks["t"] = list(frames)
+        # A missing axis has length one, so asking it for its only element needs no selection.
+        selection = tuple(picks.get(axis, slice(None)) for axis in self.axes)
+        block = arrays.read(self._level_url, self._array, selection)
+        if "z" in self.axes:
+            z = self.axes.index("z")
+            block = block.max(axis=z) if projection == "max" else block.mean(axis=z, dtype="f4")
+        for position, axis in enumerate("tc"):
+            if axis not in self.axes:
+                block = np.expand_dims(block, position)
+        return block
+
+    def _channel(self, name: str) -> int:
+        if name not in self.channels:
+            raise SchemaError(
+                self.url, f"has no channel {name!r}; its channels are {list(self.channels)}"
+            )
+        return self.channels.index(name)
+
+
+def open_plate(url: str) -> Plate:
+    """Open a plate and list its wells.
+
+    Raises:
+        SchemaError: if it is not an OME-Zarr plate, or a well in it is named in no usable way.
+    """
+    document = _ome(url, "plate")
+    name = str(document.get("name") or re.sub(r"(\.ome)?\.zarr$", "", url.rstrip("/").split("/")[-1]))
+    check_name(name, "plate")
+    wells: dict[str, str] = {}
+    for entry in document.get("wells", []):
+        path = str(entry.get("path", ""))
+        row, _, column = path.partition("/")
+        if not row.isalnum() or not column.isalnum():
+            raise SchemaError(url, f"well path {path!r} is not of the form row/column")
+        well = canonical_well(row + column)
+        if well in wells:
+            raise SchemaError(url, f"well {well} is listed twice: {wells[well]!r} and {path!r}")
+        wells[well] = path
+    if not wells:
+        raise SchemaError(url, "lists no wells")
+    return Plate(url, name, wells)
+
+
+def open_site(url: str) -> SiteImage:
+    """Open one site's image at full resolution.
+
+    Raises:
+        SchemaError: if it is not an OME-Zarr image with axes out of ``tczyx``.
+    """
+    document = _ome(url, None)
+    scales = document.get("multiscales")
+    if not isinstance(scales, list) or not scales:
+        raise SchemaError(url, "is not an OME-Zarr image: it has no 'multiscales'")
+    try:
+        axis_entries = [a if isinstance(a, dict) else {"name": a} for a in scales[0]["axes"]]
+        axes = "".join(str(entry["name"]) for entry in axis_entries)
+        dataset = scales[0]["datasets"][0]
+        level_url = store.join(url, str(dataset["path"]))
+        scale = _scale(dataset, len(axes))
+    except (KeyError, TypeError, IndexError) as error:
+        raise SchemaError(url, f"its 'multiscales' metadata is incomplete: {error!r}") from error
+    if not re.fullmatch("t?c?z?yx", axes):
+        raise SchemaError(url, f"has axes {axes!r}; expected t, c, z, y, x in this order")
+    array = arrays.open_array(level_url)
+    if array.ndim != len(axes):
+        raise SchemaError(level_url, f"has {array.ndim} dimensions for the axes {axes!r}")
+    n_channels = array.shape[axes.index("c")] if "c" in axes else 1
+    units = {str(entry["name"]): str(entry.get("unit", "")) for entry in axis_entries}
+    steps = dict(zip(axes, scale, strict=True))
+    return SiteImage(
+        url,
+        axes,
+        _channel_names(url, document, n_channels),
+        _physical(steps.get("x"), units.get("x", ""), _MICROMETRES),
+        _physical(steps.get("t"), units.get("t", ""), _SECONDS),
+        len(scales[0]["datasets"]),
+        level_url,
+        array,
+    )
+
+
+def create_well(
+    plate_url: str,
+    well: str,
+    sites: dict[str, NDArray[Any]],
+    channels: Sequence[str],
+    *,
+    pixel_size: float | None = None,
+    time_step: float | None = None,
+) -> None:
+    """Write one well's images, each (T, C, H, W), beneath a plate folder.
+
+    The well is part of the plate only once :func:`list_wells` has named it in the plate's metadata, so that an
+    interrupted writer leaves no half a well in sight.
+
+    Args:
+        plate_url: the plate's folder.
+        well: canonical well name.
+        sites: site name -> (T, C, H, W) array; sites may differ in shape.
+        channels: a name a channel.
+        pixel_size: micrometres.
+        time_step: seconds.
+    """
+    row, column = split_well(well)
+    well_url = store.join(plate_url, row, column)
+    store.remove(well_url)
+    for site, stack in sites.items():
+        check_name(site, "site")
+        if stack.ndim != 4 or stack.shape[1] != len(channels):
+            raise InputError(
+                f"site {well}/{site}: expected (T, C, H, W) with the channels {list(channels)}, "
+                f"got shape {stack.shape}"
+            )
+        _write_image(store.join(well_url, site), stack, channels, pixel_size, time_step)
+    images = [{"path": site, "acquisition": 0} for site in sites]
+    _write_ome(well_url, {"well": {"images": images}})
+
+
+def list_wells(plate_url: str, name: str, wells: Sequence[str]) -> None:
+    """Write the plate's metadata, which makes the named wells part of it.
+
+    Args:
+        plate_url: the plate's folder.
+        name: the plate's name, as plate maps spell it.
+        wells: canonical names of all wells that are there.
+    """
+    check_name(name, "plate")
+    split = [split_well(well) for well in sorted(set(wells))]
+    rows = sorted({row for row, _ in split}, key=lambda row: (len(row), row))
+    columns = sorted({column for _, column in split}, key=int)
+    _write_ome(
+        plate_url,
+        {
+            "plate": {
+                "version": VERSION,
+                "name": name,
+                "rows": [{"name": row} for row in rows],
+                "columns": [{"name": column} for column in columns],
+                "wells": [
+                    {
+                        "path": f"{row}/{column}",
+                        "rowIndex": rows.index(row),
+                        "columnIndex": columns.index(column),
+                    }
+                    for row, column in split
+                ],
+                "acquisitions": [{"id": 0}],
+                "field_count": 1,
+            }
+        },
+        extra_parents=rows,
+    )
+
+
+def write_labels(image_url: str, labels: dict[str, NDArray[np.int32]]) -> None:
+    """Write label movies beside an image as NGFF image-labels, so that napari and vizarr overlay them.
+
+    Args:
+        image_url: the site's image.
+        labels: name -> (T, H, W) int32, 0 background; an older one of the same name is replaced.
+    """
+    image = open_site(image_url)
+    zarr_format = image._array.metadata.zarr_format
+    root = arrays.zarr_store(image_url)
+    listed = _listed_labels(image_url)
+    names = sorted({*listed, *labels})
+    version = "0.5" if zarr_format == 3 else "0.4"
+    for name, movie in labels.items():
+        document = {
+            "multiscales": _multiscales("tyx", image.n_levels, image.pixel_size, image.time_step),
+            "image-label": {"version": version, "source": {"image": "../../"}},
+        }
+        zarr.create_group(
+            root,
+            path=f"labels/{name}",
+            zarr_format=zarr_format,
+            overwrite=True,
+            attributes=_wrapped(document, zarr_format),
+        )
+        kwargs: dict[str, Any] = (
+            {"dimension_names": list("tyx"), "compressors": arrays.COMPRESSOR}
+            if zarr_format == 3
+            else {"chunk_key_encoding": {"name": "v2", "separator": "/"}}
+        )
+        for level in range(image.n_levels):
+            coarse = movie[:, :: 2**level, :: 2**level]
+            array = zarr.create_array(
+                root,
+                name=f"labels/{name}/{level}",
+                shape=coarse.shape,
+                chunks=(1, *coarse.shape[1:]),
+                dtype="int32",
+                zarr_format=zarr_format,
+                **kwargs,
+            )
+            array[...] = coarse
+    # Only adding a name changes this file, so that a repeated run leaves it alone.
+    if names != listed:
+        group = zarr.open_group(root, path="labels", mode="a", zarr_format=zarr_format)
+        group.update_attributes(_wrapped({"labels": names}, zarr_format))
+
+
+def open_labels(image_url: str, name: str) -> NDArray[np.int32]:
+    """A label movie beside an image, (T, H, W) int32.
+
+    Raises:
+        SchemaError: if there is none of that name.
+    """
+    url = store.join(image_url, "labels", name, "0")
+    labels: NDArray[np.int32] = arrays.read(url, arrays.open_array(url), slice(None)).astype("int32")
+    return labels
+
+
+def _listed_labels(image_url: str) -> list[str]:
+    url = store.join(image_url, "labels")
+    if not store.list_names(url):
+        return []
+    attributes = arrays.open_group(url).attrs.asdict()
+    return sorted(attributes.get("ome", attributes).get("labels", []))
+
+
+def _write_image(
+    url: str,
+    stack: NDArray[Any],
+    channels: Sequence[str],
+    pixel_size: float | None,
+    time_step: float | None,
+) -> None:
+    root = arrays.zarr_store(url)
+    level = stack
+    levels = []
+    while True:
+        levels.append(level)
+        if max(level.shape[2:]) <= SMALLEST_LEVEL or min(level.shape[2:]) < 2:
+            break
+        level = _halved(level)
+    document = {
+        "multiscales": _multiscales("tcyx", len(levels), pixel_size, time_step),
+        "omero": {
+            "channels": [
+                {
+                    "label": name,
+                    "color": _COLORS[i % len(_COLORS)],
+                    "active": True,
+                    "window": _window(stack[:, i]),
+                }
+                for i, name in enumerate(channels)
+            ]
+        },
+    }
+    zarr.create_group(root, attributes=_wrapped(document, 3), overwrite=True)
+    for number, level in enumerate(levels):
+        array = zarr.create_array(
+            root,
+            name=str(number),
+            shape=level.shape,
+            chunks=(1, 1, *level.shape[2:]),
+            shards=(1, *level.shape[1:]),
+            dtype=level.dtype,
+            compressors=arrays.COMPRESSOR,
+            dimension_names=list("tcyx"),
+        )
+        array[...] = level
+
+
+def _halved(stack: NDArray[Any]) -> NDArray[Any]:
+    """Mean of 2 × 2 pixels; an odd last row or column is left out, as viewers expect."""
+    height, width = stack.shape[2] // 2 * 2, stack.shape[3] // 2 * 2
+    blocks = stack[:, :, :height, :width].reshape(*stack.shape[:2], height // 2, 2, width // 2, 2)
+    return blocks.mean(axis=(3, 5), dtype="f4").astype(stack.dtype)
+
+
+def _window(channel: NDArray[Any]) -> dict[str, float]:
+    """Display range of a channel: what viewers stretch to."""
+    low, high = (float(v) for v in np.percentile(channel[:, ::4, ::4], (0.5, 99.8)))
+    return {"min": low, "start": low, "end": max(high, low + 1), "max": max(high, low + 1)}
+
+
+def _multiscales(
+    axes: str, n_levels: int, pixel_size: float | None, time_step: float | None
+) -> list[dict[str, Any]]:
+    kinds = {"t": "time", "c": "channel", "y": "space", "x": "space"}
+    entries: list[dict[str, str]] = [{"name": axis, "type": kinds[axis]} for axis in axes]
+    for entry in entries:
+        if entry["type"] == "space" and pixel_size is not None:
+            entry["unit"] = "micrometer"
+        if entry["type"] == "time" and time_step is not None:
+            entry["unit"] = "second"
+    datasets = []
+    for level in range(n_levels):
+        step = {"t": time_step or 1.0, "c": 1.0}
+        scale = [step.get(axis, (pixel_size or 1.0) * 2.0**level) for axis in axes]
+        transformations = [{"type": "scale", "scale": scale}]
+        datasets.append({"path": str(level), "coordinateTransformations": transformations})
+    return [{"name": "image", "axes": entries, "datasets": datasets}]
+
+
+def _wrapped(document: dict[str, Any], zarr_format: int) -> dict[str, Any]:
+    """NGFF 0.5 keeps its metadata under ``ome`` with one version; 0.4 at the top, a version each."""
+    if zarr_format == 3:
+        return {"ome": {"version": VERSION, **document}}
+    for entry in document.get("multiscales", []):
+        entry["version"] = "0.4"
+    return document
+
+
+def _write_ome(url: str, document: dict[str, Any], extra_parents: Iterable[str] = ()) -> None:
+    """Write a group's metadata in one put; ``extra_parents`` are sub-folders that must be groups too."""
+    for name in sorted(set(extra_parents)):
+        store.write_json(store.join(url, name, "zarr.json"), _group({}))
+    store.write_json(store.join(url, "zarr.json"), _group(_wrapped(document, 3)))
+
+
+def _group(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+
+
+def _ome(url: str, key: str | None) -> dict[str, Any]:
+    """A group's NGFF metadata, or one part of it."""
+    attributes = arrays.open_group(url).attrs.asdict()
+    document = attributes.get("ome", attributes)
+    if key is None:
+        assert isinstance(document, dict)
+        return document
+    part = document.get(key)
+    if not isinstance(part, dict):
+        raise SchemaError(
+            url, f"is not an OME-Zarr {key}: its metadata has no {key!r} (was its ingest interrupted?)"
+        )
+    return part
+
+
+def _scale(dataset: dict[str, Any], n_axes: int) -> list[float]:
+    for entry in dataset.get("coordinateTransformations", []):
+        if entry.get("type") == "scale":
+            return [float(value) for value in entry["scale"]]
+    return [1.0] * n_axes
+
+
+def _physical(step: float | None, unit: str, factors: dict[str, float]) -> float | None:
+    """A step in our unit, or None where the axis has no unit: a scale alone means nothing."""
+    return step * factors[unit] if step is not None and unit in factors else None
+
+
+def _channel_names(url: str, document: dict[str, Any], count: int) -> tuple[str, ...]:
+    entries = document.get("omero", {}).get("channels", [])
+    names = tuple(str(e.get("label", i)) for i, e in enumerate(entries)) or tuple(
+        str(i) for i in range(count)
+    )
+    if len(names) != count:
+        raise SchemaError(url, f"has {count} channels but {len(names)} channel names {list(names)}")
+    if len(set(names)) != count:
+        raise SchemaError(url, f"has channels of the same name: {list(names)}")
+    return names

@@ -1,0 +1,233 @@
+"""A screen on disk: the paths of everything a run writes, its manifest, and which units of work are done.
+
+The unit of work is a well. A unit of a stage is done when its table is there; what is left to do is the listing of
+wells minus the listing of tables. The manifest says with which configuration (as a fingerprint) a stage's files were
+made, and a stage whose fingerprint has changed starts by removing its old files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from storage_schemas import store
+from storage_schemas.errors import SchemaError
+from storage_schemas.keys import WellKey
+
+VERSION = 1
+
+STAGES = ("segment", "train", "embed", "index", "evaluate", "report")
+Stage = Literal["segment", "train", "embed", "index", "evaluate", "report"]
+
+
+class StageRecord(BaseModel):
+    """What the manifest says of a stage.
+
+    Attributes:
+        fingerprint: of its configuration, its inputs and the version of its output.
+        done: whether it has ended; units may still have failed.
+        output: fingerprint of what it made, which the stages after it depend on.
+        counts: things in and out, by name.
+        notes: what a reader should know: what was left out and why.
+        seconds: wall-clock time of the run that ended it.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    fingerprint: str
+    done: bool = False
+    output: str = ""
+    counts: dict[str, int] = {}
+    notes: list[str] = []
+    seconds: float = 0.0
+
+
+class Manifest(BaseModel):
+    """What a screen folder holds and how it came to be."""
+
+    model_config = ConfigDict(extra="forbid")
+    form: Literal["screen"] = "screen"
+    version: Literal[1] = 1
+    software: dict[str, str]
+    config: dict[str, Any]
+    stages: dict[str, StageRecord] = {}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A unit of work that failed.
+
+    Attributes:
+        unit: which.
+        kind: name of the exception.
+        message: what it said.
+    """
+
+    unit: str
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Screen:
+    """A screen's folder or object-store prefix."""
+
+    url: str
+
+    # --- paths -------------------------------------------------------------------------------
+
+    @property
+    def manifest_url(self) -> str:
+        """The manifest; a folder with one is a screen."""
+        return self._path("manifest.json")
+
+    @property
+    def plate_map(self) -> str:
+        """The plate map, checked."""
+        return self._path("plate_map.parquet")
+
+    @property
+    def compounds(self) -> str:
+        """The table of compounds, checked."""
+        return self._path("compounds.parquet")
+
+    def calibration(self, plate: str) -> str:
+        """A plate's flat field and intensity range."""
+        return self._path("calibration", f"{plate}.npz")
+
+    def cells(self, well: WellKey) -> str:
+        """A well's tracked cells; the file that commits a unit of `segment`."""
+        return self._path("cells", well.plate, f"{well.well}.parquet")
+
+    def quality(self, well: WellKey) -> str:
+        """Quality measures of a well's frames."""
+        return self._path("quality", well.plate, f"{well.well}.parquet")
+
+    def clips(self, well: WellKey) -> str:
+        """A well's clips."""
+        return self._path("clips", well.plate, f"{well.well}.zarr")
+
+    @property
+    def split(self) -> str:
+        """Which well is for training, validation or a test."""
+        return self._path("split.parquet")
+
+    @property
+    def training_runs(self) -> str:
+        """Where Ray Train keeps its checkpoints while it trains."""
+        return self._path("train", "runs")
+
+    @property
+    def training_metrics(self) -> str:
+        """Losses and validation metrics by epoch."""
+        return self._path("train", "metrics.parquet")
+
+    @property
+    def checkpoint(self) -> str:
+        """The network of the best epoch."""
+        return self._path("checkpoint")
+
+    def embeddings(self, well: WellKey) -> str:
+        """A well's embeddings; the file that commits a unit of `embed`."""
+        return self._path("embeddings", well.plate, f"{well.well}.parquet")
+
+    def profiles(self, table: Literal["well", "compound", "normalisation"]) -> str:
+        """Profiles of wells or compounds, or what they were normalised by."""
+        return self._path("profiles", f"{table}.parquet")
+
+    @property
+    def index(self) -> str:
+        """The similarity index, a folder (see :mod:`storage_schemas.index`)."""
+        return self._path("index")
+
+    @property
+    def evaluation(self) -> str:
+        """The held-out tests."""
+        return self._path("evaluation.json")
+
+    @property
+    def report(self) -> str:
+        """The report, one HTML page."""
+        return self._path("report.html")
+
+    def _path(self, *parts: str) -> str:
+        return store.join(self.url, *parts)
+
+    # --- manifest ----------------------------------------------------------------------------
+
+    def exists(self) -> bool:
+        """Whether a run has begun here."""
+        return store.exists(self.manifest_url)
+
+    def read_manifest(self) -> Manifest:
+        """What the manifest says.
+
+        Raises:
+            SchemaError: if there is none, or one of another version.
+        """
+        if not self.exists():
+            raise SchemaError(self.url, "is not a screen: it has no manifest.json")
+        try:
+            return Manifest.model_validate(store.read_json(self.manifest_url))
+        except ValidationError as error:
+            raise SchemaError(
+                self.manifest_url, f"is not the manifest of a screen of version {VERSION}: {error}"
+            ) from error
+
+    def write_manifest(self, manifest: Manifest) -> None:
+        """Replace the manifest."""
+        store.write_json(self.manifest_url, manifest.model_dump(mode="json"))
+
+    # --- units of work -----------------------------------------------------------------------
+
+    def done_units(self, stage: Literal["segment", "embed"]) -> set[WellKey]:
+        """Wells whose table is there."""
+        return set(self._listed("cells" if stage == "segment" else "embeddings", ".parquet"))
+
+    def remove_stage(self, stage: Stage) -> None:
+        """Remove everything that a stage has written, the tables that commit its units first."""
+        written: dict[str, Sequence[str]] = {
+            "segment": ("cells", "quality", "clips", "calibration"),
+            "train": ("checkpoint", "split.parquet", "train"),
+            "embed": ("embeddings",),
+            "index": ("index", "profiles"),
+            "evaluate": ("evaluation.json",),
+            "report": ("report.html",),
+        }
+        for name in (*written[stage], f"failures/{stage}"):
+            store.remove(self._path(name))
+
+    def write_failure(self, stage: Stage, well: WellKey, error: Exception) -> None:
+        """Record that a unit failed, and why."""
+        document = {"unit": str(well), "kind": type(error).__name__, "message": str(error)}
+        store.write_json(self._failure(stage, well), document)
+
+    def clear_failure(self, stage: Stage, well: WellKey) -> None:
+        """Forget a unit's failure: it has been done after all."""
+        store.remove(self._failure(stage, well))
+
+    def failures(self, stage: Stage) -> list[Failure]:
+        """All recorded failures of a stage, in order of their units."""
+        return [
+            Failure(**store.read_json(self._failure(stage, well)))
+            for well in sorted(self._listed(f"failures/{stage}", ".json"))
+        ]
+
+    def _failure(self, stage: str, well: WellKey) -> str:
+        return self._path("failures", stage, well.plate, f"{well.well}.json")
+
+    def _listed(self, folder: str, suffix: str) -> Iterable[WellKey]:
+        for plate in store.list_names(self._path(folder)):
+            for name in store.list_names(self._path(folder, plate)):
+                if name.endswith(suffix):
+                    yield WellKey(plate, name.removesuffix(suffix))
+
+
+def fingerprint(*parts: Any) -> str:
+    """A short digest of JSON-serialisable values: equal values have equal fingerprints, in any process."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

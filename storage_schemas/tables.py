@@ -1,0 +1,437 @@
+"""Tables on disk: the columns of each, read and written as Parquet, and users' tables read from what they have.
+
+A :class:`TableForm` names a table's columns and version. Writing checks them and puts the whole file at once; opening
+checks them again, so that a file of another form, version or run is an error that names the file.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from storage_schemas import store
+from storage_schemas.errors import InputError, SchemaError
+from storage_schemas.keys import canonical_well, check_name
+
+_METADATA_KEY = b"screening"
+
+ROLES = ("treatment", "negative_control", "positive_control")
+
+
+@dataclass(frozen=True)
+class TableForm:
+    """The form of a table on disk.
+
+    Attributes:
+        name: written into each file and checked on opening.
+        version: raised whenever the meaning of a column changes.
+        schema: the columns, in order.
+        extra_prefix: columns beyond the schema are allowed if their names begin so.
+    """
+
+    name: str
+    version: int
+    schema: pa.Schema
+    extra_prefix: str | None = None
+
+
+_KEYS = [("plate", pa.string()), ("well", pa.string())]
+_CELL_KEYS = [*_KEYS, ("site", pa.string()), ("track", pa.int32())]
+
+PLATE_MAP = TableForm(
+    "plate_map",
+    1,
+    pa.schema(
+        [
+            *_KEYS,
+            ("compound", pa.string()),
+            ("concentration", pa.float64()),
+            ("unit", pa.string()),
+            ("role", pa.string()),
+            ("replicate", pa.string()),
+        ]
+    ),
+)
+
+COMPOUNDS = TableForm(
+    "compounds",
+    1,
+    pa.schema(
+        [
+            (name, pa.string())
+            for name in ("compound", "name", "moa", "cas", "inchikey", "smiles", "target")
+        ]
+    ),
+)
+
+FEATURE_PREFIX = "feature_"
+
+CELLS = TableForm(
+    "cells",
+    1,
+    pa.schema(
+        [
+            *_CELL_KEYS,
+            ("parent", pa.int32()),  # track that divided; null without a known parent
+            ("first_frame", pa.int32()),
+            ("last_frame", pa.int32()),
+            ("n_frames", pa.int32()),  # frames the cell was seen in, gaps left out
+            ("centroid_y", pa.list_(pa.float32())),  # px, a value a frame, NaN where unseen
+            ("centroid_x", pa.list_(pa.float32())),
+            ("box", pa.list_(pa.list_(pa.int32(), 4))),  # (y0, x0, y1, x1) px, -1 where unseen
+            ("n_missing", pa.int32()),  # frames of the clip in which the cell was not seen
+            ("n_repaired", pa.int32()),  # frames of the clip taken from a neighbour: soft or empty
+            ("excluded", pa.string()),  # why the track has no clip; empty if it has one
+            ("clip", pa.int32()),  # position in the well's clip array; null without a clip
+        ]
+    ),
+    extra_prefix=FEATURE_PREFIX,
+)
+
+QUALITY = TableForm(
+    "quality",
+    1,
+    pa.schema(
+        [
+            *_KEYS,
+            ("site", pa.string()),
+            ("frame", pa.int32()),
+            ("channel", pa.string()),
+            ("focus", pa.float32()),
+            ("saturated", pa.float32()),  # share of pixels at the top of the range
+            ("mean", pa.float32()),
+            ("sd", pa.float32()),
+            ("bad", pa.bool_()),  # the whole frame is soft, empty or saturated
+        ]
+    ),
+)
+
+SPLIT = TableForm(
+    "split",
+    1,
+    pa.schema(
+        [
+            *_KEYS,
+            ("compound", pa.string()),
+            ("moa", pa.string()),
+            ("role", pa.string()),
+            ("replicate", pa.string()),
+            ("split", pa.string()),
+        ]
+    ),
+)
+
+TRAINING_METRICS = TableForm(
+    "training_metrics",
+    1,
+    pa.schema([("epoch", pa.int32()), ("name", pa.string()), ("value", pa.float64())]),
+)
+
+INDEX_IDS = TableForm(
+    "index_ids",
+    1,
+    pa.schema(
+        [
+            ("id", pa.string()),  # the key's text form; at compound level the compound
+            ("compound", pa.string()),
+            ("moa", pa.string()),
+            ("plate", pa.string()),  # null at compound level
+            ("n_cells", pa.int32()),
+        ]
+    ),
+)
+
+
+def embeddings_form(dimension: int) -> TableForm:
+    """A row a cell: its key and its embedding, a fixed-size list of float32."""
+    vector = ("embedding", pa.list_(pa.float32(), dimension))
+    return TableForm("embeddings", 1, pa.schema([*_CELL_KEYS, vector]))
+
+
+def well_profiles_form(dimension: int) -> TableForm:
+    """A row a well: its key, how many cells it had and its normalised profile."""
+    return TableForm(
+        "well_profiles",
+        1,
+        pa.schema(
+            [
+                *_KEYS,
+                ("compound", pa.string()),
+                ("role", pa.string()),
+                ("n_cells", pa.int32()),
+                ("profile", pa.list_(pa.float32(), dimension)),
+            ]
+        ),
+    )
+
+
+def compound_profiles_form(dimension: int) -> TableForm:
+    """A row a compound: how many wells and cells it had and the mean of its wells' profiles."""
+    return TableForm(
+        "compound_profiles",
+        1,
+        pa.schema(
+            [
+                ("compound", pa.string()),
+                ("role", pa.string()),
+                ("n_wells", pa.int32()),
+                ("n_cells", pa.int32()),
+                ("profile", pa.list_(pa.float32(), dimension)),
+            ]
+        ),
+    )
+
+
+def normalisation_form(dimension: int) -> TableForm:
+    """A row a plate: what was subtracted from its wells' profiles, and what they were divided by."""
+    return TableForm(
+        "normalisation",
+        1,
+        pa.schema(
+            [
+                ("plate", pa.string()),
+                ("n_reference", pa.int32()),  # wells that the plate was compared with
+                ("center", pa.list_(pa.float32(), dimension)),
+                ("scale", pa.list_(pa.float32(), dimension)),
+            ]
+        ),
+    )
+
+
+def write_table(
+    url: str, table: pa.Table | pd.DataFrame, form: TableForm, fingerprint: str = ""
+) -> None:
+    """Write a table of a given form as one Parquet file, atomically.
+
+    Args:
+        url: where to.
+        table: all the form's columns, in any order.
+        form: what it must look like.
+        fingerprint: of the stage that made it (see :mod:`storage_schemas.screen`).
+
+    Raises:
+        SchemaError: if columns are missing, unknown or of a type that does not fit.
+    """
+    if isinstance(table, pd.DataFrame):
+        table = pa.Table.from_pandas(table, preserve_index=False)
+    table = _conform(url, table, form)
+    mark = {"form": form.name, "version": form.version, "fingerprint": fingerprint}
+    table = table.replace_schema_metadata({_METADATA_KEY: json.dumps(mark).encode()})
+    sink = io.BytesIO()
+    # Dictionaries cost more than they save on vectors, and a fixed row group keeps readers' memory flat.
+    pq.write_table(
+        table,
+        sink,
+        compression="lz4",
+        row_group_size=20_000,
+        use_dictionary=[f.name for f in table.schema if pa.types.is_string(f.type)],
+        write_statistics=False,
+    )
+    store.write_bytes(url, sink.getvalue())
+
+
+def open_table(
+    url: str, form: TableForm, columns: list[str] | None = None, fingerprint: str | None = None
+) -> pa.Table:
+    """Read a Parquet table and check that it is of the given form.
+
+    Args:
+        url: where it lies.
+        form: what it must look like.
+        columns: only these columns; all by default.
+        fingerprint: if given, the fingerprint that the file must carry.
+
+    Raises:
+        SchemaError: if the file is missing, not Parquet, or of another form, version or run.
+    """
+    data = store.read_bytes(url)
+    try:
+        table = pq.read_table(io.BytesIO(data), columns=columns)
+    except (pa.ArrowInvalid, OSError, KeyError) as error:
+        raise SchemaError(
+            url, f"is not a readable Parquet file of form {form.name!r} ({error})"
+        ) from error
+    mark = _mark(url, table)
+    if (mark.get("form"), mark.get("version")) != (form.name, form.version):
+        raise SchemaError(
+            url,
+            f"expected form {form.name!r} version {form.version}, found {mark.get('form')!r} version "
+            f"{mark.get('version')!r}",
+        )
+    if fingerprint is not None and mark.get("fingerprint") != fingerprint:
+        raise SchemaError(url, "was written by another run: run its stage again")
+    if columns is None:
+        return _conform(url, table, form)
+    missing = sorted(set(columns) - set(table.column_names))
+    if missing:
+        raise SchemaError(url, f"has no columns {missing}")
+    return table
+
+
+def vector_dimension(url: str, column: str) -> int:
+    """The length of the vectors in a fixed-size-list column, read from the file's footer.
+
+    Raises:
+        SchemaError: if the file is not Parquet or the column is not of that type.
+    """
+    fs, path = store.filesystem(url)
+    try:
+        with fs.open(path, "rb") as file:
+            schema = pq.read_schema(file)
+        kind = schema.field(column).type
+    except (FileNotFoundError, pa.ArrowInvalid, OSError, KeyError) as error:
+        raise SchemaError(url, f"has no readable column {column!r} ({error})") from error
+    if not pa.types.is_fixed_size_list(kind):
+        raise SchemaError(url, f"column {column!r} is {kind}, expected a fixed-size list of float32")
+    return int(kind.list_size)
+
+
+def _mark(url: str, table: pa.Table) -> dict[str, object]:
+    raw = (table.schema.metadata or {}).get(_METADATA_KEY)
+    if raw is None:
+        raise SchemaError(url, "was not written by screening (its mark is missing)")
+    mark = json.loads(raw)
+    assert isinstance(mark, dict)
+    return mark
+
+
+def _conform(url: str, table: pa.Table, form: TableForm) -> pa.Table:
+    expected = form.schema.names
+    missing = [name for name in expected if name not in table.column_names]
+    prefix = form.extra_prefix
+    extra = [name for name in table.column_names if name not in expected]
+    unknown = [name for name in extra if prefix is None or not name.startswith(prefix)]
+    if missing or unknown:
+        raise SchemaError(
+            url,
+            f"a {form.name} table has the columns {expected}; missing: {missing}, unknown: {unknown}",
+        )
+    fields = [*form.schema, *(table.schema.field(name) for name in extra)]
+    try:
+        return table.select([field.name for field in fields]).cast(pa.schema(fields))
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise SchemaError(
+            url, f"a column of this {form.name} table has the wrong type: {error}"
+        ) from error
+
+
+def read_user_table(url: str) -> pd.DataFrame:
+    """Read a table a user wrote: CSV or TSV (gzipped too), Parquet or XLSX. All cells come as text or null.
+
+    Raises:
+        SchemaError: if the file is missing, of another kind, or unreadable.
+    """
+    data = store.read_bytes(url)
+    name = url.lower()
+    try:
+        if name.endswith((".csv", ".csv.gz", ".tsv", ".tsv.gz", ".txt")):
+            frame = pd.read_csv(
+                io.BytesIO(data),
+                sep="\t" if ".tsv" in name else None,
+                engine="python",
+                dtype=str,
+                keep_default_na=False,
+                compression="gzip" if name.endswith(".gz") else None,
+                encoding="utf-8-sig",
+            )
+        elif name.endswith(".parquet"):
+            frame = pq.read_table(io.BytesIO(data)).to_pandas()
+        elif name.endswith(".xlsx"):
+            frame = pd.read_excel(io.BytesIO(data), dtype=str, keep_default_na=False)
+        else:
+            raise SchemaError(url, "expected a .csv, .tsv, .parquet or .xlsx table")
+    except SchemaError:
+        raise
+    except Exception as error:  # each parser has its own errors; the file is the user's to mend
+        raise SchemaError(url, f"cannot be read as a table: {error}") from error
+    frame.columns = [str(column).strip().lower() for column in frame.columns]
+    doubled = sorted(set(frame.columns[frame.columns.duplicated()]))
+    if doubled:
+        raise SchemaError(url, f"columns {doubled} stand there more than once")
+    text = frame.map(lambda value: None if pd.isna(value) else str(value).strip())
+    return text.map(lambda value: value or None).astype(object).where(lambda f: f.notna(), None)
+
+
+def read_plate_map(url: str) -> pd.DataFrame:
+    """Read and check a user's plate map.
+
+    Columns ``plate``, ``well``, ``compound`` and ``role`` must be there; ``concentration`` (a number), ``unit`` and
+    ``replicate`` may be. Without ``replicate`` each plate counts as a replicate of its own.
+
+    Returns:
+        A data frame with the columns of :data:`PLATE_MAP`, a row a well.
+
+    Raises:
+        SchemaError: naming the rows that are not usable and what they should say.
+    """
+    frame = read_user_table(url)
+    _require_columns(url, frame, ("plate", "well", "compound", "role"), PLATE_MAP)
+    for column in PLATE_MAP.schema.names:
+        if column not in frame:
+            frame[column] = frame["plate"] if column == "replicate" else None
+    _require_filled(url, frame, ("plate", "well", "compound", "role", "replicate"))
+    unknown = sorted(set(frame["role"]) - set(ROLES))
+    if unknown:
+        raise SchemaError(url, f"role {unknown} unknown: expected one of {list(ROLES)}")
+    try:
+        frame["well"] = [canonical_well(well) for well in frame["well"]]
+        for plate in frame["plate"].unique():
+            check_name(plate, "plate")
+    except InputError as error:
+        raise SchemaError(url, str(error)) from error
+    try:
+        frame["concentration"] = pd.to_numeric(frame["concentration"]).astype(float)
+    except ValueError as error:
+        raise SchemaError(url, f"concentration must be a number or empty: {error}") from error
+    doubled = frame[frame.duplicated(["plate", "well"])]
+    if len(doubled):
+        raise SchemaError(
+            url, f"well {doubled.iloc[0]['plate']}/{doubled.iloc[0]['well']} stands there twice"
+        )
+    if frame.empty:
+        raise SchemaError(url, "holds no wells")
+    columns = frame[PLATE_MAP.schema.names]
+    return columns.sort_values(["plate", "well"], ignore_index=True)
+
+
+def read_compounds(url: str) -> pd.DataFrame:
+    """Read and check a user's table of compounds: ``compound``, and any other column of :data:`COMPOUNDS`.
+
+    Raises:
+        SchemaError: if the column is missing, a compound has no id or stands there twice.
+    """
+    frame = read_user_table(url)
+    _require_columns(url, frame, ("compound",), COMPOUNDS)
+    for column in COMPOUNDS.schema.names:
+        if column not in frame:
+            frame[column] = None
+    _require_filled(url, frame, ("compound",))
+    doubled = sorted(set(frame["compound"][frame["compound"].duplicated()]))
+    if doubled:
+        raise SchemaError(url, f"compounds {doubled[:5]} stand there more than once")
+    return frame[COMPOUNDS.schema.names].sort_values("compound", ignore_index=True)
+
+
+def _require_columns(
+    url: str, frame: pd.DataFrame, columns: tuple[str, ...], form: TableForm
+) -> None:
+    missing = [column for column in columns if column not in frame]
+    if missing:
+        raise SchemaError(
+            url,
+            f"has no column {missing}; a {form.name} table has {form.schema.names}, found {list(frame.columns)}",
+        )
+
+
+def _require_filled(url: str, frame: pd.DataFrame, columns: tuple[str, ...]) -> None:
+    for column in columns:
+        empty = [int(row) for row in frame.index[frame[column].isna()]]
+        if empty:
+            # +2: the header is line 1 and rows are counted from 1 where users look.
+            lines = [row + 2 for row in empty[:5]]
+            raise SchemaError(url, f"column {column!r} is empty in line(s) {lines}")

@@ -1,0 +1,1 @@
+"""Sweeps over training: named ablations as data, Ray Tune around `pipelines`."""
