@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import ray
 
-
 if TYPE_CHECKING:  # the configuration pulls in torch, which segmentation workers do without
     from pipelines.config import ResourcesConfig
 

@@ -57,20 +57,18 @@ class InputsConfig(Config):
 class ResourcesConfig(Config):
     """What the run may use. Nothing here changes a result, so a run may go on with other resources."""
 
-    cpus: int | None = Field(
-        None, ge=1, description="CPUs of a Ray started on this machine; null: all"
-    )
-    object_store_mb: int = Field(
-        512, ge=80, description="MiB of Ray's object store on this machine"
-    )
+    cpus: int | None = Field(None, ge=1, description="CPUs of a Ray started on this machine; null: all")
+    object_store_mb: int = Field(512, ge=80, description="MiB of Ray's object store on this machine")
     segment_cpus: float = Field(1.0, gt=0, description="CPUs that one well's segmentation asks for")
     embed_actors: int = Field(1, ge=1, description="actors that hold the network and embed")
     embed_gpus: float = Field(0.0, ge=0, description="GPUs that one embedding actor asks for")
     train_workers: int = Field(1, ge=1, description="workers that train together")
-    train_gpus: float = Field(0.0, ge=0, description="GPUs that one training worker asks for")
-    train_max_failures: int = Field(
-        2, ge=0, description="lost workers or nodes after which training gives up"
+    train_readers: int = Field(1, ge=1, description="actors that read and augment for one training worker")
+    train_cache_mb: int = Field(
+        512, ge=0, description="MiB of clips that each of them keeps in memory, to read them once"
     )
+    train_gpus: float = Field(0.0, ge=0, description="GPUs that one training worker asks for")
+    train_max_failures: int = Field(2, ge=0, description="lost workers or nodes after which training gives up")
 
 
 class RunConfig(Config):
@@ -87,9 +85,7 @@ class RunConfig(Config):
     embed: EmbedConfig = Field(EmbedConfig(), description="embedding of all clips")
     profiles: ProfilesConfig = Field(ProfilesConfig(), description="well and compound profiles")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="held-out tests")
-    max_failed_share: float = Field(
-        0.5, ge=0, le=1, description="share of wells that may fail before the run stops"
-    )
+    max_failed_share: float = Field(0.5, ge=0, le=1, description="share of wells that may fail before the run stops")
     resources: ResourcesConfig = Field(ResourcesConfig(), description="what the run may use")
 
 

@@ -24,9 +24,7 @@ from storage_schemas.tables import CELLS, embeddings_form, open_table, write_tab
 OUTPUT_VERSION = 1  # raised when the same configuration gives other files
 
 
-def embed_screen(
-    config: RunConfig, inputs: Inputs, screen: Screen, fingerprint: str
-) -> tuple[Counts, list[str]]:
+def embed_screen(config: RunConfig, inputs: Inputs, screen: Screen, fingerprint: str) -> tuple[Counts, list[str]]:
     """Embed the clips of every segmented well that has not been done.
 
     Returns:
@@ -50,11 +48,8 @@ def embed_screen(
     )
     run_units(screen, "embed", units, work, config.max_failed_share)
     done = screen.done_units("embed")
-    rows = [
-        len(open_table(screen.embeddings(well), _form(screen), ["track"]))
-        for well in units
-        if well in done
-    ]
+    form = embeddings_form(read_manifest(screen.checkpoint).embedding_dim)
+    rows = [len(open_table(screen.embeddings(well), form, ["track"])) for well in units if well in done]
     counts = {"wells": len(units), "done": len(rows), "failed": len(screen.failures("embed"))}
     return counts | {"cells": sum(rows)}, []
 
@@ -84,9 +79,7 @@ class EmbedWells:
         url = screen.clips(well)
         clips = open_clips(url)
         if channel_names(clips) != list(manifest.channels):
-            raise SchemaError(
-                url, f"has the channels {channel_names(clips)}, the network {list(manifest.channels)}"
-            )
+            raise SchemaError(url, f"has the channels {channel_names(clips)}, the network {list(manifest.channels)}")
         frames = frames_seen(self._network.config, clips.shape[2])
         vectors = np.empty((clips.shape[0], manifest.embedding_dim), np.float32)
         # A slice at a time: memory does not grow with the cells of a well.

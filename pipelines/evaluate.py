@@ -24,9 +24,7 @@ OUTPUT_VERSION = 1  # raised when the same configuration gives other numbers
 TESTS = ("compound", "replicate")
 
 
-def evaluate(
-    config: RunConfig, inputs: Inputs, screen: Screen, fingerprint: str
-) -> tuple[Counts, list[str]]:
+def evaluate(config: RunConfig, inputs: Inputs, screen: Screen, fingerprint: str) -> tuple[Counts, list[str]]:
     """Look up held-out cells among those trained on, and write the scores to ``evaluation.json``.
 
     Returns:

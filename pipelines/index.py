@@ -15,6 +15,7 @@ from screening import profiles, similarity
 from storage_schemas.index import IndexManifest, Level, write_level, write_manifest
 from storage_schemas.screen import Screen
 from storage_schemas.tables import (
+    TableForm,
     compound_profiles_form,
     normalisation_form,
     well_profiles_form,
@@ -24,9 +25,7 @@ from storage_schemas.tables import (
 OUTPUT_VERSION = 1  # raised when the same configuration gives other files
 
 
-def index(
-    config: RunConfig, inputs: Inputs, screen: Screen, fingerprint: str
-) -> tuple[Counts, list[str]]:
+def index(config: RunConfig, inputs: Inputs, screen: Screen, fingerprint: str) -> tuple[Counts, list[str]]:
     """Sum cells up to wells and compounds, normalise, and index all three levels.
 
     Returns:
@@ -52,9 +51,7 @@ def index(
         well_profiles_form(dimension),
         fingerprint,
     )
-    _write(
-        screen.profiles("compound"), compounds, merged, compound_profiles_form(dimension), fingerprint
-    )
+    _write(screen.profiles("compound"), compounds, merged, compound_profiles_form(dimension), fingerprint)
     table = pa.Table.from_pandas(basis[["plate", "n_reference"]], preserve_index=False)
     for column in ("center", "scale"):
         table = table.append_column(column, vector_column(np.stack(basis[column].to_list())))
@@ -66,21 +63,15 @@ def index(
     text = keys["plate"] + "/" + keys["well"] + "/" + keys["site"] + "/" + keys["track"].astype(str)
     levels: dict[Level, tuple[pd.DataFrame, npt.NDArray[np.float32]]] = {
         "cell": (
-            pd.DataFrame(
-                {"id": text, "compound": cell_compound, "plate": keys["plate"], "n_cells": 1}
-            ),
+            pd.DataFrame({"id": text, "compound": cell_compound, "plate": keys["plate"], "n_cells": 1}),
             cells,
         ),
         "well": (
-            wells.assign(id=wells["plate"] + "/" + wells["well"])[
-                ["id", "compound", "plate", "n_cells"]
-            ],
+            wells.assign(id=wells["plate"] + "/" + wells["well"])[["id", "compound", "plate", "n_cells"]],
             normalised,
         ),
         "compound": (
-            compounds.assign(id=compounds["compound"], plate=None)[
-                ["id", "compound", "plate", "n_cells"]
-            ],
+            compounds.assign(id=compounds["compound"], plate=None)[["id", "compound", "plate", "n_cells"]],
             merged,
         ),
     }
@@ -96,8 +87,7 @@ def index(
     notes = []
     if len(few) and config.profiles.normalise.method != "none":
         notes.append(
-            "profiles are centred but not scaled: a plate has fewer reference wells than "
-            "profiles.normalise.min_wells"
+            "profiles are centred but not scaled: a plate has fewer reference wells than profiles.normalise.min_wells"
         )
     return counts, notes
 
@@ -106,9 +96,9 @@ def _write(
     url: str,
     keys: pd.DataFrame,
     values: npt.NDArray[np.float32],
-    form: object,
+    form: TableForm,
     fingerprint: str,
 ) -> None:
     table = pa.Table.from_pandas(keys, preserve_index=False)
     table = table.append_column("profile", vector_column(values))
-    write_table(url, table, form, fingerprint)  # type: ignore[arg-type]
+    write_table(url, table, form, fingerprint)

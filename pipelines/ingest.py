@@ -75,14 +75,11 @@ def ingest(source: str, plate_url: str, options: IngestOptions) -> list[str]:
     wells = list(dict.fromkeys(planes.table["well"]))
     again = sorted(set(wells) & set(existing))
     if again and not options.overwrite:
-        raise InputError(
-            f"{plate_url}: has the well(s) {again[:5]} already; give --overwrite to replace them"
-        )
+        raise InputError(f"{plate_url}: has the well(s) {again[:5]} already; give --overwrite to replace them")
     with progress("ingest", len(wells), "wells") as advance:
         for well, of_well in planes.table.groupby("well", sort=False):
             sites = {
-                str(site): _read_site(files, of_site, options)
-                for site, of_site in of_well.groupby("site", sort=False)
+                str(site): _read_site(files, of_site, options) for site, of_site in of_well.groupby("site", sort=False)
             }
             names = _channel_names(of_well, next(iter(sites.values())), options)
             plates.create_well(
@@ -122,8 +119,7 @@ def _refuse_missing(table: pd.DataFrame) -> None:
     if missing.empty:
         return
     shown = "; ".join(
-        ", ".join(f"{column} {value}" for column, value in row.items())
-        for row in missing.head(5).to_dict("records")
+        ", ".join(f"{column} {value}" for column, value in row.items()) for row in missing.head(5).to_dict("records")
     )
     raise InputError(
         f"{len(missing)} plane(s) that a complete plate would have are not there: {shown}; add the files, or make the "
@@ -158,9 +154,7 @@ def _read_site(files: dict[str, str], table: pd.DataFrame, options: IngestOption
 def _join(blocks: list[NDArray[Any]], paths: pd.Series[str], axis: int) -> NDArray[Any]:
     shapes = {(block.shape[3:], block.dtype.name) for block in blocks}
     if len(shapes) > 1:
-        raise InputError(
-            f"{paths.iloc[0]} and the files of the same site differ in size or type: {sorted(shapes)}"
-        )
+        raise InputError(f"{paths.iloc[0]} and the files of the same site differ in size or type: {sorted(shapes)}")
     return np.concatenate(blocks, axis=axis)
 
 
@@ -176,9 +170,7 @@ def _read_file(url: str, options: IngestOptions) -> NDArray[Any]:
     if not _usable(axes):
         raise InputError(f"--axes {options.axes!r}: expected a subset of T, C, Z and, last, YX")
     if image.ndim != len(axes):
-        raise SchemaError(
-            url, f"has the shape {image.shape}, --axes {axes} says {len(axes)} dimensions"
-        )
+        raise SchemaError(url, f"has the shape {image.shape}, --axes {axes} says {len(axes)} dimensions")
     order = [axis for axis in "TCZYX" if axis in axes]
     image = image.transpose([axes.index(axis) for axis in order])
     for position, axis in enumerate("TCZ"):
@@ -191,9 +183,7 @@ def _usable(axes: str) -> bool:
     return axes.endswith("YX") and len(set(axes)) == len(axes) and set(axes) <= set("TCZYX")
 
 
-def _channel_names(
-    table: pd.DataFrame, site: NDArray[Any], options: IngestOptions
-) -> tuple[str, ...]:
+def _channel_names(table: pd.DataFrame, site: NDArray[Any], options: IngestOptions) -> tuple[str, ...]:
     found = sorted(table["channel"].unique(), key=natural)
     names = options.channels or tuple(found)
     count = site.shape[1]

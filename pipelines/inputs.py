@@ -37,7 +37,12 @@ class Inputs:
     @property
     def wells(self) -> list[WellKey]:
         """The units of work, in order."""
-        return [WellKey(*row) for row in self.plate_map[["plate", "well"]].itertuples(index=False)]
+        return well_keys(self.plate_map)
+
+
+def well_keys(table: pd.DataFrame) -> list[WellKey]:
+    """The keys of a table's rows, from its columns plate and well."""
+    return [WellKey(plate, well) for plate, well in zip(table["plate"], table["well"], strict=True)]
 
 
 def open_inputs(config: InputsConfig) -> Inputs:
@@ -50,7 +55,7 @@ def open_inputs(config: InputsConfig) -> Inputs:
     plates = _open_plates(config.plates)
     notes: list[str] = []
 
-    mapped = {WellKey(row.plate, row.well) for row in plate_map.itertuples(index=False)}
+    mapped = set(well_keys(plate_map))
     imaged = {WellKey(plate.name, well) for plate in plates.values() for well in plate.well_paths}
     _settle(
         sorted(map(str, imaged - mapped)),
@@ -66,7 +71,7 @@ def open_inputs(config: InputsConfig) -> Inputs:
         config.missing_wells,
         notes,
     )
-    here = [WellKey(row.plate, row.well) in imaged for row in plate_map.itertuples(index=False)]
+    here = [key in imaged for key in well_keys(plate_map)]
     plate_map = plate_map[here].reset_index(drop=True)
     if plate_map.empty:
         raise InputError(
@@ -126,7 +131,5 @@ def _settle(found: list[str], what: str, setting: str, choice: str, notes: list[
     shown = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
     message = f"{len(found)} {what}: {shown}"
     if choice == "error":
-        raise InputError(
-            f"{message}; mend the table, or leave them out with --set inputs.{setting}=skip"
-        )
+        raise InputError(f"{message}; mend the table, or leave them out with --set inputs.{setting}=skip")
     notes.append(f"{message}; skipped")

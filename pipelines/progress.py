@@ -51,8 +51,6 @@ def progress(label: str, total: int, unit: str) -> Iterator[Advance]:
         now = time.monotonic()
         if done == total or now - last >= _LOG_EVERY:
             last = now
-            console.print(
-                f"{label}: {done}/{total} {unit}, {now - start:.0f} s {message}".rstrip(), soft_wrap=True
-            )
+            console.print(f"{label}: {done}/{total} {unit}, {now - start:.0f} s {message}".rstrip(), soft_wrap=True)
 
     yield log

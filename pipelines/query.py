@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
@@ -11,6 +13,9 @@ from storage_schemas.errors import InputError
 from storage_schemas.index import Level, read_level, read_manifest
 from storage_schemas.screen import Screen
 from storage_schemas.tables import SPLIT, open_table
+
+if TYPE_CHECKING:
+    import faiss
 
 
 def query(screen: Screen, compound: str, k: int, level: Level = "compound") -> pd.DataFrame:
@@ -45,17 +50,17 @@ def nearest_compounds(screen: Screen, k: int) -> pd.DataFrame:
     stored, ids = read_level(screen.index, "compound")
     index = similarity.deserialise(stored, len(ids), read_manifest(screen.index).dimension)
     tables = []
-    for position, row in enumerate(ids.itertuples(index=False)):
+    for position, (compound, moa) in enumerate(zip(ids["compound"], ids["moa"], strict=True)):
         own = np.arange(len(ids)) == position
-        found = _neighbours(index, ids, index.reconstruct(position)[None], own, k)
+        found = _neighbours(index, ids, np.asarray(index.reconstruct(position))[None], own, k)
         found = found.rename(columns={"compound": "neighbour", "moa": "neighbour_moa"})
-        tables.append(found.drop(columns="id").assign(compound=row.compound, moa=row.moa))
+        tables.append(found.drop(columns="id").assign(compound=compound, moa=moa))
     columns = ["compound", "moa", "rank", "neighbour", "neighbour_moa", "similarity"]
     return pd.concat(tables, ignore_index=True)[columns]
 
 
 def _neighbours(
-    index: object,
+    index: faiss.IndexFlatIP,
     ids: pd.DataFrame,
     vector: npt.NDArray[np.float32],
     excluded: npt.NDArray[np.bool_],

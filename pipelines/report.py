@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from pipelines.config import RunConfig
-from pipelines.inputs import Inputs
+from pipelines.inputs import Inputs, well_keys
 from pipelines.query import nearest_compounds
 from pipelines.status import stage_table
 from pipelines.units import Counts
@@ -14,7 +15,6 @@ from pipelines.vectors import read_embeddings
 from screening.report import Example, ReportData, channel_colours, embedding_map, render
 from storage_schemas import store
 from storage_schemas.clips import channel_names, open_clips, read_clips
-from storage_schemas.keys import WellKey
 from storage_schemas.screen import Screen
 from storage_schemas.tables import CELLS, TRAINING_METRICS, open_table
 
@@ -25,9 +25,7 @@ _EXAMPLES = 40  # clips in the page
 _NEIGHBOURS = 5
 
 
-def report(
-    config: RunConfig, inputs: Inputs, screen: Screen, fingerprint: str
-) -> tuple[Counts, list[str]]:
+def report(config: RunConfig, inputs: Inputs, screen: Screen, fingerprint: str) -> tuple[Counts, list[str]]:
     """Write the page.
 
     Returns:
@@ -70,13 +68,13 @@ def _plate_maps(screen: Screen, maps: pd.DataFrame, keys: pd.DataFrame) -> pd.Da
     counted = keys.groupby(["plate", "well"]).size().rename("n_cells").reset_index()
     table = maps.merge(counted, on=["plate", "well"], how="left")
     done = screen.done_units("embed")
-    empty = [WellKey(*key) in done for key in zip(table["plate"], table["well"], strict=True)]
+    empty = [key in done for key in well_keys(table)]
     table["n_cells"] = table["n_cells"].mask(table["n_cells"].isna() & np.array(empty), 0)
     return table.dropna(axis=1, how="all")
 
 
 def _map(
-    maps: pd.DataFrame, keys: pd.DataFrame, embeddings: np.ndarray, rng: np.random.Generator
+    maps: pd.DataFrame, keys: pd.DataFrame, embeddings: npt.NDArray[np.float32], rng: np.random.Generator
 ) -> pd.DataFrame:
     picked = np.sort(rng.choice(len(keys), min(len(keys), _MAPPED_CELLS), replace=False))
     placed = embedding_map(embeddings[picked], rng)
@@ -85,27 +83,25 @@ def _map(
     return table.merge(maps[columns], on=["plate", "well"], how="left")
 
 
-def _examples(
-    inputs: Inputs, screen: Screen, maps: pd.DataFrame, rng: np.random.Generator
-) -> list[Example]:
+def _examples(inputs: Inputs, screen: Screen, maps: pd.DataFrame, rng: np.random.Generator) -> list[Example]:
     """A cell of one well of each compound, a compound of each MOA first, controls among them."""
     done = screen.done_units("segment")
-    here = [WellKey(*key) in done for key in zip(maps["plate"], maps["well"], strict=True)]
+    here = [key in done for key in well_keys(maps)]
     wells = maps[here].drop_duplicates("compound")
     wells = wells.assign(turn=wells.groupby("moa", dropna=False).cumcount())
-    examples = []
-    for row in wells.sort_values(["turn", "moa", "compound"]).itertuples(index=False):
+    wells = wells.sort_values(["turn", "moa", "compound"])
+    examples: list[Example] = []
+    for key, compound, moa, role in zip(well_keys(wells), wells["compound"], wells["moa"], wells["role"], strict=True):
         if len(examples) == _EXAMPLES:
             break
-        key = WellKey(row.plate, row.well)
         cells = open_table(screen.cells(key), CELLS, ["site", "track", "clip"]).to_pandas()
         cells = cells[cells["clip"].notna()]
         if cells.empty:
             continue
         cell = cells.iloc[int(rng.integers(len(cells)))]
         clips = open_clips(screen.clips(key))
-        kind = "negative control" if row.role == "negative_control" else row.moa
-        title = f"{row.compound} ({kind})" if isinstance(kind, str) else str(row.compound)
+        kind = "negative control" if role == "negative_control" else moa
+        title = f"{compound} ({kind})" if isinstance(kind, str) else str(compound)
         clip = read_clips(screen.clips(key), [int(cell["clip"])])[0]
         caption = f"{key}, site {cell['site']}, track {cell['track']}"
         examples.append(Example(title, caption, clip, channel_colours(channel_names(clips))))

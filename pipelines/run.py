@@ -43,13 +43,9 @@ _SPECS: dict[Stage, _StageSpec] = {
         ("segment",),
         ("seed", "split", "model", "augment", "train"),
     ),
-    "embed": _StageSpec(
-        embed.embed_screen, embed.OUTPUT_VERSION, ("segment", "train"), (), tables=False
-    ),
+    "embed": _StageSpec(embed.embed_screen, embed.OUTPUT_VERSION, ("segment", "train"), (), tables=False),
     "index": _StageSpec(index.index, index.OUTPUT_VERSION, ("embed",), ("profiles",)),
-    "evaluate": _StageSpec(
-        evaluate.evaluate, evaluate.OUTPUT_VERSION, ("train", "embed"), ("seed", "evaluation")
-    ),
+    "evaluate": _StageSpec(evaluate.evaluate, evaluate.OUTPUT_VERSION, ("train", "embed"), ("seed", "evaluation")),
     "report": _StageSpec(
         report.report,
         report.OUTPUT_VERSION,
@@ -60,9 +56,7 @@ _SPECS: dict[Stage, _StageSpec] = {
 assert tuple(_SPECS) == STAGES
 
 
-def run(
-    config: RunConfig, out: str, stages: Sequence[Stage] = STAGES, *, update: bool = False
-) -> int:
+def run(config: RunConfig, out: str, stages: Sequence[Stage] = STAGES, *, update: bool = False) -> int:
     """Run stages of a screen, or go on with them.
 
     Args:
@@ -96,9 +90,7 @@ def _previous(screen: Screen, config: RunConfig, update: bool) -> Manifest | Non
     if not screen.exists():
         names = [name for name in store.list_names(screen.url) if not name.startswith(".")]
         if names:
-            raise ConfigError(
-                f"{screen.url}: holds {names[:5]} but no screen; choose a new or empty folder for --out"
-            )
+            raise ConfigError(f"{screen.url}: holds {names[:5]} but no screen; choose a new or empty folder for --out")
         return None
     previous = screen.read_manifest()
     changed = differences(previous.config, _identity(config))
@@ -116,9 +108,7 @@ def _identity(config: RunConfig) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude={"resources", "max_failed_share"})
 
 
-def _write_start(
-    config: RunConfig, screen: Screen, inputs: Inputs, previous: Manifest | None
-) -> None:
+def _write_start(config: RunConfig, screen: Screen, inputs: Inputs, previous: Manifest | None) -> None:
     software = {name: importlib.metadata.version(name) for name in _SOFTWARE}
     manifest = Manifest(
         software=software,
@@ -189,9 +179,7 @@ def _run_stage(stage: Stage, config: RunConfig, inputs: Inputs, screen: Screen) 
 
 def _write_record(screen: Screen, stage: Stage, record: StageRecord) -> None:
     manifest = screen.read_manifest()
-    screen.write_manifest(
-        manifest.model_copy(update={"stages": {**manifest.stages, stage: record}})
-    )
+    screen.write_manifest(manifest.model_copy(update={"stages": {**manifest.stages, stage: record}}))
 
 
 def _input_identity(inputs: Inputs, tables: bool) -> Any:

@@ -36,9 +36,7 @@ _SAMPLED_SITES = 48  # of a plate, for its calibration
 _SAMPLED_FRAMES = 3  # of each of them: first, middle, last
 
 
-def segment(
-    config: RunConfig, inputs: Inputs, screen: Screen, fingerprint: str
-) -> tuple[Counts, list[str]]:
+def segment(config: RunConfig, inputs: Inputs, screen: Screen, fingerprint: str) -> tuple[Counts, list[str]]:
     """Find, follow and cut out the cells of every well that has not been done.
 
     Returns:
@@ -61,10 +59,10 @@ def segment(
     counts = _count(inputs, screen)
     if not counts["clips"]:
         failures = screen.failures("segment")
-        reasons = {name: n for name, n in counts.items() if name.startswith("excluded")}
+        reasons = {name: n for name, n in counts.items() if name.startswith("excluded")} or "none excluded"
         why = f"; {failures[0].unit} failed: {failures[0].message}" if failures else ""
         raise StageError(
-            f"segment: no clip in any of {counts['wells']} wells: {counts['tracks']} tracks, {reasons or 'none excluded'}"
+            f"segment: no clip in any of {counts['wells']} wells: {counts['tracks']} tracks, {reasons}"
             f"{why}; check segment.channels.nucleus and the nuclei, tracking and clips settings"
         )
     return counts, notes
@@ -141,9 +139,7 @@ def _calibrate_plates(config: RunConfig, inputs: Inputs, screen: Screen) -> list
     ray.get(tasks)
     if config.segment.illumination.method == "none":
         return []
-    flat = [
-        name for name in inputs.plates if read_calibration(screen.calibration(name))[0] is None
-    ]
+    flat = [name for name in inputs.plates if read_calibration(screen.calibration(name))[0] is None]
     return [
         f"plate {name}: illumination not corrected, it has fewer sites than segment.illumination.min_sites"
         for name in flat
@@ -157,9 +153,7 @@ def _calibrate_plate(config: SegmentConfig, plate: Plate, wells: list[str], scre
         found = calibrate(_sample(config, plate, wells), config.illumination, percentiles)
     except InputError as error:
         raise InputError(f"{plate.url}: {error}") from error
-    write_calibration(
-        screen.calibration(plate.name), found.flat_field, found.offset, found.low, found.high
-    )
+    write_calibration(screen.calibration(plate.name), found.flat_field, found.offset, found.low, found.high)
 
 
 def _sample(config: SegmentConfig, plate: Plate, wells: list[str]) -> Iterator[np.ndarray[Any, Any]]:
@@ -230,9 +224,7 @@ def _quality_table(well: WellKey, name: str, site: Site, image: SiteImage) -> pd
 
 def _count(inputs: Inputs, screen: Screen) -> Counts:
     """Count what all done units hold; reading key columns, so that a resumed run counts the same."""
-    counts: Counter[str] = Counter(
-        wells=len(inputs.wells), done=0, failed=len(screen.failures("segment"))
-    )
+    counts: Counter[str] = Counter(wells=len(inputs.wells), done=0, failed=len(screen.failures("segment")))
     done = screen.done_units("segment")
     for well in inputs.wells:
         if well not in done:

@@ -17,11 +17,11 @@ def stage_table(screen: Screen) -> pd.DataFrame:
     rows = []
     for stage in STAGES:
         record = manifest.stages.get(stage)
-        total = done = failed = None
-        if stage in ("segment", "embed") and record is not None:
-            total = record.counts.get("wells")
+        done = failed = left = None
+        if (stage == "segment" or stage == "embed") and record is not None:
             done = len(screen.done_units(stage))
             failed = len(screen.failures(stage))
+            left = max(record.counts["wells"] - done - failed, 0)
         counts = {} if record is None else record.counts
         rows.append(
             {
@@ -29,11 +29,9 @@ def stage_table(screen: Screen) -> pd.DataFrame:
                 "state": "not begun" if record is None else "done" if record.done else "begun",
                 "done": done,
                 "failed": failed,
-                "left": None if total is None else max(total - done - failed, 0),
+                "left": left,
                 "counts": ", ".join(
-                    f"{name} {count:,}"
-                    for name, count in counts.items()
-                    if name not in ("wells", "done", "failed")
+                    f"{name} {count:,}" for name, count in counts.items() if name not in ("wells", "done", "failed")
                 ),
                 "seconds": None if record is None else round(record.seconds, 1),
             }

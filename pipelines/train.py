@@ -2,7 +2,7 @@
 
 Ray Train runs the workers and keeps their checkpoints, one an epoch, so that a run that loses a worker, a node or
 everything goes on from the last one. Each worker reads its batches through Ray Data from an index table, a row a
-batch: reading and augmenting run as tasks anywhere in the cluster, ahead of the training step.
+batch: reading and augmenting run in actors anywhere in the cluster, ahead of the training step.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ import torch
 import torch.distributed
 from ray.util.queue import Empty, Queue
 
+from pipelines.clip_batches import BatchReader, ClipTable, clip_table
 from pipelines.cluster import quiet_ray_data
 from pipelines.config import ConfigError, RunConfig
 from pipelines.inputs import Inputs
 from pipelines.progress import progress
 from pipelines.units import Counts, StageError
-from screening.augmentation import AugmentConfig, augment
+from screening.augmentation import AugmentConfig
 from screening.embedding import embed
 from screening.i3d import ModelConfig, frames_seen
 from screening.retrieval import rank
@@ -43,10 +44,9 @@ from storage_schemas.checkpoint import (
     read_weights,
     write_checkpoint,
 )
-from storage_schemas.clips import channel_names, open_clips, read_clips
-from storage_schemas.keys import WellKey
+from storage_schemas.clips import channel_names, open_clips
 from storage_schemas.screen import Screen
-from storage_schemas.tables import CELLS, SPLIT, TRAINING_METRICS, open_table, write_table
+from storage_schemas.tables import SPLIT, TRAINING_METRICS, write_table
 
 OUTPUT_VERSION = 1  # raised when the same configuration gives another network
 
@@ -55,41 +55,7 @@ CONTROL_CLASS = "negative control"
 _NORMALISATION_CLIPS = 2048  # clips that the normalisation is measured on
 _VALIDATION_BATCH = 64
 _ROWS_AHEAD = 2000  # batches planned in one Ray Data run: bounds the plan, spares starts
-_READER_CPUS = 0.25  # of a task that reads and augments a batch
-
-
-@dataclass(frozen=True)
-class ClipTable:
-    """Clips and what each is called, a position a clip in all of them.
-
-    Attributes:
-        url: (n,) of the clip's array.
-        clip: (n,) position in that array.
-        label: (n,) class, -1 for a clip of no class.
-        name: (n,) text form of the cell's key, for messages.
-    """
-
-    url: np.ndarray[Any, Any]
-    clip: np.ndarray[Any, Any]
-    label: np.ndarray[Any, Any]
-    name: np.ndarray[Any, Any]
-
-    def take(self, positions: np.ndarray[Any, Any]) -> ClipTable:
-        """Those clips, in that order."""
-        return ClipTable(*(column[positions] for column in vars(self).values()))
-
-    def read(self) -> np.ndarray[Any, Any]:
-        """The clips' pixels, (n, C, T, H, W) uint8, each array opened once."""
-        order = np.argsort(self.url, kind="stable")
-        urls, starts = np.unique(self.url[order], return_index=True)
-        clips = None
-        for url, places in zip(urls, np.split(order, starts[1:]), strict=True):
-            block = read_clips(url, self.clip[places].tolist())
-            if clips is None:
-                clips = np.empty((len(order), *block.shape[1:]), np.uint8)
-            clips[places] = block
-        assert clips is not None, "a batch has at least one clip"
-        return clips
+_READER_CPUS = 0.25  # that an actor asks for which reads and augments batches
 
 
 @dataclass(frozen=True)
@@ -108,13 +74,13 @@ class _Job:
     n_frames: int
     normalisation: Normalisation
     threads: int
+    readers: int
+    cache_bytes: int
     fingerprint: str
     events: Queue
 
 
-def train(
-    config: RunConfig, inputs: Inputs, screen: Screen, fingerprint: str
-) -> tuple[Counts, list[str]]:
+def train(config: RunConfig, inputs: Inputs, screen: Screen, fingerprint: str) -> tuple[Counts, list[str]]:
     """Split the wells, train the network and keep the best epoch's.
 
     Returns:
@@ -149,6 +115,8 @@ def train(
         n_frames=first.shape[2],
         normalisation=Normalisation.measure(_blocks(_some(clips, _NORMALISATION_CLIPS, rng))),
         threads=max(1, int(ray.cluster_resources().get("CPU", 1) // workers)),
+        readers=config.resources.train_readers,
+        cache_bytes=config.resources.train_cache_mb * 2**20,
         fingerprint=fingerprint,
         events=Queue(actor_options={"num_cpus": 0}),
     )
@@ -226,9 +194,7 @@ def _watch(job: _Job, stop: threading.Event) -> None:
 # --- which clips ---------------------------------------------------------------------------------
 
 
-def _training_clips(
-    config: RunConfig, screen: Screen, table: pd.DataFrame
-) -> tuple[ClipTable, tuple[str, ...]]:
+def _training_clips(config: RunConfig, screen: Screen, table: pd.DataFrame) -> tuple[ClipTable, tuple[str, ...]]:
     wells = table[table["split"] == "train"]
     identity = _identity(wells, config.train.label)
     class_names = tuple(sorted(set(identity.dropna())))
@@ -248,9 +214,7 @@ def _validation_clips(screen: Screen, table: pd.DataFrame) -> tuple[ClipTable, C
     """Cells of validation compounds, and of training compounds to look them up among, both by MOA."""
     known = table[table["moa"].notna() & (table["role"] != "negative_control")]
     known = known.assign(label=known["moa"].map(_codes(sorted(set(known["moa"])))))
-    query, gallery = (
-        clip_table(screen, known[known["split"] == part]) for part in ("validation", "train")
-    )
+    query, gallery = (clip_table(screen, known[known["split"] == part]) for part in ("validation", "train"))
     return query, gallery
 
 
@@ -262,25 +226,6 @@ def _identity(wells: pd.DataFrame, label: str) -> pd.Series[str]:
     """What each well's cells are trained to be told apart by; controls are a class of their own."""
     identity = wells[label].astype(object)
     return identity.mask(wells["role"] == "negative_control", CONTROL_CLASS)
-
-
-def clip_table(screen: Screen, wells: pd.DataFrame) -> ClipTable:
-    """The clips of some wells (columns plate, well and label), those of failed wells left out."""
-    done = screen.done_units("segment")
-    urls, clips, labels, names = [], [], [], []
-    for row in wells.itertuples(index=False):
-        key = WellKey(row.plate, row.well)
-        if key not in done:
-            continue
-        cells = open_table(screen.cells(key), CELLS, ["site", "track", "clip"]).to_pandas()
-        cells = cells[cells["clip"].notna()]
-        urls += [screen.clips(key)] * len(cells)
-        clips += cells["clip"].astype(int).tolist()
-        labels += [-1 if pd.isna(row.label) else int(row.label)] * len(cells)
-        names += [f"{key}/{site}/{track}" for site, track in zip(cells["site"], cells["track"], strict=True)]
-    return ClipTable(
-        np.array(urls, object), np.array(clips, np.int64), np.array(labels, np.int64), np.array(names, object)
-    )
 
 
 def _some(clips: ClipTable, count: int, rng: np.random.Generator) -> ClipTable:
@@ -328,9 +273,7 @@ def _worker(config: dict[str, Any]) -> None:
         sums: dict[str, float] = {}
         for _ in range(n_batches):
             batch = next(batches)
-            losses = state.step(
-                torch.from_numpy(batch["clips"]), torch.from_numpy(batch["label"]), batch["name"]
-            )
+            losses = state.step(torch.from_numpy(batch["clips"]), torch.from_numpy(batch["label"]), batch["name"])
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + value / n_batches
         metrics = {"epoch": float(state.epoch + 1), **sums}
@@ -363,9 +306,7 @@ def _report(job: _Job, state: TrainingState, history: list[dict[str, float]], ra
             weights = {name: tensor.numpy() for name, tensor in state.best_weights.items()}
             write_checkpoint(folder, manifest, weights, training.getvalue())
             checkpoint = ray.train.Checkpoint.from_directory(folder)
-        ray.train.report(
-            history[-1], checkpoint=checkpoint, checkpoint_dir_name=f"epoch_{state.epoch:04d}"
-        )
+        ray.train.report(history[-1], checkpoint=checkpoint, checkpoint_dir_name=f"epoch_{state.epoch:04d}")
     if rank_ == 0:
         shown = ("loss", "accuracy", "validation_map")
         job.events.put({name: history[-1][name] for name in shown if name in history[-1]})
@@ -378,7 +319,7 @@ def _validate(
     rank_: int,
     workers: int,
 ) -> float | None:
-    """mAP of the validation cells among training cells, each worker embedding its share of both."""
+    """MAP of the validation cells among training cells, each worker embedding its share of both."""
     if not _validates(job):
         return None
     frames = frames_seen(job.model, job.n_frames)
@@ -391,12 +332,17 @@ def _validate(
     if workers > 1:
         shares = [None] * workers
         torch.distributed.all_gather_object(shares, found)
-    sides = []
-    for kind in ("query", "gallery"):
-        parts = [part for share in shares for part in share[kind]]
-        label = np.concatenate([label for _, label in parts])
-        sides += [np.concatenate([vectors for vectors, _ in parts]), label, np.full(len(label), kind)]
-    return rank(*sides).mean_average_precision
+    query, query_label = _joined(shares, "query")
+    gallery, gallery_label = _joined(shares, "gallery")
+    # Their compounds differ, so nothing in the gallery is a query's own.
+    groups = np.zeros(len(query)), np.ones(len(gallery))
+    return rank(query, query_label, groups[0], gallery, gallery_label, groups[1]).mean_average_precision
+
+
+def _joined(shares: list[Any], kind: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Embeddings and labels of one side, from all workers."""
+    vectors, labels = zip(*(part for share in shares for part in share[kind]), strict=True)
+    return np.concatenate(vectors), np.concatenate(labels)
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -434,7 +380,7 @@ def _validation_rows(job: _Job, epoch: int, rank_: int, workers: int) -> list[di
 
 def _batches(job: _Job, first: int, rank_: int, workers: int) -> Iterator[dict[str, Any]]:
     """All batches from an epoch on, in order: an epoch's training batches, then its validation batches."""
-    reader = _Reader(job.clips, job.query, job.gallery, job.augment)
+    sources = {"train": job.clips, "query": job.query, "gallery": job.gallery}
     rows: list[dict[str, Any]] = []
     for epoch in range(first, job.train.epochs):
         rows += _training_rows(job, epoch, rank_, workers)
@@ -443,33 +389,13 @@ def _batches(job: _Job, first: int, rank_: int, workers: int) -> Iterator[dict[s
             continue
         dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
         dataset.context.execution_options.preserve_order = True
-        yield from dataset.map(reader, num_cpus=_READER_CPUS).iter_rows()
+        yield from dataset.map(
+            BatchReader,
+            fn_constructor_args=(sources, job.augment, job.cache_bytes),
+            num_cpus=_READER_CPUS,
+            concurrency=job.readers,
+        ).iter_rows()
         rows = []
-
-
-@dataclass(frozen=True)
-class _Reader:
-    """Reads the clips of one row of the index table, and augments those for training."""
-
-    clips: ClipTable
-    query: ClipTable
-    gallery: ClipTable
-    augment: AugmentConfig
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        source = {"train": self.clips, "query": self.query, "gallery": self.gallery}[row["kind"]]
-        picked = source.take(np.asarray(row["positions"], np.int64))
-        pixels = picked.read()
-        if row["kind"] == "train":
-            seed = np.random.SeedSequence([int(part) for part in row["seed"]])
-            generator = torch.Generator().manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
-            pixels = augment(torch.from_numpy(pixels), self.augment, generator).numpy()
-        return {
-            "kind": row["kind"],
-            "clips": pixels,
-            "label": picked.label,
-            "name": picked.name.tolist(),
-        }
 
 
 def _write_metrics(screen: Screen, manifest: CheckpointManifest, fingerprint: str) -> None:

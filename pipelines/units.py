@@ -30,14 +30,14 @@ class Work:
     """How Ray is to run a stage's units.
 
     Attributes:
-        function: does one unit and returns counts: a function, or a class that is made once an actor.
+        function: does one unit and returns counts; or a class of such, made once an actor.
         arguments: of the class's constructor; empty for a function.
         num_cpus: that a task or actor asks for.
         num_gpus: likewise.
         actors: how many, for a class.
     """
 
-    function: Callable[[WellKey], Counts] | type[Callable[[WellKey], Counts]]
+    function: Callable[..., Any]
     arguments: tuple[Any, ...] = ()
     num_cpus: float = 1.0
     num_gpus: float = 0.0
@@ -135,7 +135,7 @@ class _Actor:
         self,
         screen: Screen,
         stage: Literal["segment", "embed"],
-        factory: type[Callable[[WellKey], Counts]],
+        factory: Callable[..., Callable[[WellKey], Counts]],
         arguments: tuple[Any, ...],
     ) -> None:
         self._attempt = _Attempt(screen, stage, factory(*arguments))

@@ -18,9 +18,7 @@ from storage_schemas.tables import embeddings_form, open_table, vector_dimension
 CELL_KEYS = ["plate", "well", "site", "track"]
 
 
-def read_embeddings(
-    screen: Screen, wells: Sequence[WellKey]
-) -> tuple[pd.DataFrame, npt.NDArray[np.float32]]:
+def read_embeddings(screen: Screen, wells: Sequence[WellKey]) -> tuple[pd.DataFrame, npt.NDArray[np.float32]]:
     """Keys (plate, well, site, track) and (n, D) embeddings of the wells that have been embedded, in order.
 
     Raises:

@@ -23,9 +23,7 @@ class AugmentConfig(Config):
     rotation: float = Field(180.0, ge=0, le=180, description="largest rotation either way, degrees")
     min_scale: float = Field(0.8, gt=0, description="smallest magnification")
     max_scale: float = Field(1.2, gt=0, description="largest magnification")
-    flip: bool = Field(
-        True, description="mirror left-right and top-bottom, each with probability one half"
-    )
+    flip: bool = Field(True, description="mirror left-right and top-bottom, each with probability one half")
     shift: float = Field(
         0.06,
         ge=0,
@@ -73,9 +71,7 @@ def _affine(n: int, h: int, w: int, config: AugmentConfig, generator: torch.Gene
     shift = 2 * config.shift * torch.stack([_uniform(n, -1, 1, generator) for _ in "xy"], dim=1)
     cos, sin = angle.cos() / scale, angle.sin() / scale
     # w / h and h / w: a rotation is one in pixels, and the sides of a clip may differ.
-    rotation = torch.stack(
-        [torch.stack([cos, -sin * h / w], dim=1), torch.stack([sin * w / h, cos], dim=1)], dim=1
-    )
+    rotation = torch.stack([torch.stack([cos, -sin * h / w], dim=1), torch.stack([sin * w / h, cos], dim=1)], dim=1)
     return torch.cat([rotation * mirror[:, None, :], shift[:, :, None]], dim=2)
 
 

@@ -1,13 +1,13 @@
-"""The command `screening`: the composition root. Each command imports what it needs, so that help and queries are fast."""
+"""The command `screening`: the composition root.
+
+Each command imports what it needs, so that help and queries are fast.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
-
-
 from enum import IntEnum, StrEnum
-
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -238,7 +238,7 @@ def query(
     from pipelines.query import query as look_up
     from storage_schemas.screen import Screen
 
-    _print(look_up(Screen(screen), compound, k, level.value), output)  # type: ignore[arg-type]
+    _print(look_up(Screen(screen), compound, k, level.value), output)
 
 
 @app.command()

@@ -25,19 +25,13 @@ Stride: TypeAlias = tuple[int, int, int]
 class ModelConfig(Config):
     """The shape of the network."""
 
-    depth: Literal[10, 18, 34, 50] = Field(
-        18, description="layers: 10, 18 and 34 of basic blocks, 50 of bottlenecks"
-    )
-    width: int = Field(
-        64, ge=4, description="channels of the stem; the stages have 1, 2, 4 and 8 times as many"
-    )
+    depth: Literal[10, 18, 34, 50] = Field(18, description="layers: 10, 18 and 34 of basic blocks, 50 of bottlenecks")
+    width: int = Field(64, ge=4, description="channels of the stem; the stages have 1, 2, 4 and 8 times as many")
     temporal: Literal["standard", "retain", "image"] = Field(
         "retain",
         description="time in the last stages: halved (standard) or kept (retain); image: one frame",
     )
-    image_frame: int = Field(
-        -1, description="frame of the clip that temporal=image sees; negative counts from the end"
-    )
+    image_frame: int = Field(-1, description="frame of the clip that temporal=image sees; negative counts from the end")
     neck: bool = Field(True, description="batch-norm neck between embedding and classifier")
     stem_frames: int = Field(
         7,
@@ -82,9 +76,7 @@ class I3DResNet(nn.Module):
         super().__init__()
         self.config = config
         if config.stem_frames % 2 == 0:
-            raise InputError(
-                f"model.stem_frames is {config.stem_frames}: choose an odd number of frames"
-            )
+            raise InputError(f"model.stem_frames is {config.stem_frames}: choose an odd number of frames")
         blocks = _BLOCKS_PER_STAGE[config.depth]
         block = Bottleneck if config.depth >= 50 else BasicBlock
         project = (config.shortcut or ("B" if block is Bottleneck else "A")) == "B"

@@ -8,9 +8,7 @@ from numpy.typing import NDArray
 from storage_schemas.errors import InputError
 
 
-def pk_batches(
-    labels: NDArray[np.integer], p: int, k: int, rng: np.random.Generator
-) -> NDArray[np.int64]:
+def pk_batches(labels: NDArray[np.integer], p: int, k: int, rng: np.random.Generator) -> NDArray[np.int64]:
     """Draw the batches of one epoch.
 
     There are as many batches as it takes to visit every clip once. Each takes ``p`` groups of ``k``
@@ -49,9 +47,7 @@ def pk_batches(
     return batches.reshape(len(batches), p * k)
 
 
-def _choose_identities(
-    groups_left: NDArray[np.int64], p: int, rng: np.random.Generator
-) -> NDArray[np.intp]:
+def _choose_identities(groups_left: NDArray[np.int64], p: int, rng: np.random.Generator) -> NDArray[np.intp]:
     order = np.lexsort((rng.random(len(groups_left)), -groups_left))
     # Every identity before any is repeated.
     return np.resize(order, p)

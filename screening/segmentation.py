@@ -12,7 +12,7 @@ A. E. Carpenter et al. 2006 (cells grown from their nuclei), J. C. Caicedo et al
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import cv2
 import numpy as np
@@ -28,50 +28,39 @@ Labels = npt.NDArray[np.int32]
 Plane = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
 
-# A threshold put through pure noise leaves parts about 2.5 times as bright as the spread of what is below it (3.5
-# for smooth shading, at most 7 for the brightest speck); fields of nuclei measured 5 (dense tissue) to 400.
+# A threshold put through pure noise leaves parts 2.5 times as bright as the spread of what is below it, through
+# smooth shading 3.5; fields of nuclei measured from 5 (dense tissue) to 400.
 _NOISE_CONTRAST = 4.0
-_SURE_CONTRAST = 8.0
+# The blur alone (sigma 1 px at least) makes a disk of 4 px of a single hot pixel.
+_LEAST_AREA = 9
 
 
 class NucleiConfig(Config):
     """How nuclei are found; lengths are in nucleus diameters so that one setting serves every magnification."""
 
-    diameter: float | None = Field(
-        None, gt=1, description="nucleus diameter, px; null measures it in each image"
-    )
+    diameter: float | None = Field(None, gt=1, description="nucleus diameter, px; null measures it in each image")
     smoothing: float = Field(
         0.06, ge=0, description="sigma of the Gaussian blur before the threshold, nucleus diameters"
     )
     dim_weight: float = Field(
         0.4, gt=0, description="how far dim nuclei count in the threshold: small more, large less"
     )
-    local_window: float = Field(
-        2.4, gt=0, description="side of the window of the local mean, nucleus diameters"
-    )
+    local_window: float = Field(2.4, gt=0, description="side of the window of the local mean, nucleus diameters")
     local_contrast: float = Field(
         0.1,
         ge=0,
         description="least excess over the local mean, share of the step from background to nuclei",
     )
-    edge_level: float = Field(
-        0.5, gt=0, lt=1, description="where a nucleus ends, share of its own brightness"
-    )
-    seed_distance: float = Field(
-        0.45, gt=0, description="least distance between two seeds, nucleus diameters"
-    )
+    edge_level: float = Field(0.5, gt=0, lt=1, description="where a nucleus ends, share of its own brightness")
+    seed_distance: float = Field(0.45, gt=0, description="least distance between two seeds, nucleus diameters")
     neck: float = Field(
         0.9,
         gt=0,
         le=1,
         description="parts whose neck is wider than this share of the smaller part are one nucleus",
     )
-    min_area: float = Field(
-        0.14, ge=0, description="least area, share of a disk of the nucleus diameter"
-    )
-    min_contrast: float = Field(
-        0.35, ge=0, description="least brightness, share of the image's median nucleus"
-    )
+    min_area: float = Field(0.14, ge=0, description="least area, share of a disk of the nucleus diameter")
+    min_contrast: float = Field(0.35, ge=0, description="least brightness, share of the image's median nucleus")
     min_content: float = Field(
         0.14, ge=0, description="least area x brightness away from the border, share of a typical one"
     )
@@ -83,21 +72,13 @@ class CellsConfig(Config):
     expansion: float = Field(
         0.35, ge=0, description="growth of the nuclei without a cytoplasm image, nucleus diameters"
     )
-    rim: float = Field(
-        0.15, ge=0, description="cytoplasm around every nucleus however dim, nucleus diameters"
-    )
-    max_distance: float = Field(
-        3.0, ge=0, description="farthest cytoplasm from its nucleus, nucleus diameters"
-    )
-    smoothing: float = Field(
-        0.05, ge=0, description="sigma of the Gaussian blur of the cytoplasm, nucleus diameters"
-    )
+    rim: float = Field(0.15, ge=0, description="cytoplasm around every nucleus however dim, nucleus diameters")
+    max_distance: float = Field(3.0, ge=0, description="farthest cytoplasm from its nucleus, nucleus diameters")
+    smoothing: float = Field(0.05, ge=0, description="sigma of the Gaussian blur of the cytoplasm, nucleus diameters")
     dim_weight: float = Field(
         0.6, gt=0, description="how far dim cytoplasm counts in the threshold: small more, large less"
     )
-    brightness_weight: float = Field(
-        1.0, ge=0, description="pull of bright cytoplasm against nearness when cells meet"
-    )
+    brightness_weight: float = Field(1.0, ge=0, description="pull of bright cytoplasm against nearness when cells meet")
 
 
 def segment_nuclei(image: npt.NDArray[Any], config: NucleiConfig = NucleiConfig()) -> Labels:  # noqa: B008
@@ -117,14 +98,19 @@ def segment_nuclei(image: npt.NDArray[Any], config: NucleiConfig = NucleiConfig(
     plane = _unit_range(image, "the nucleus image")
     if plane is None:
         return np.zeros(image.shape, np.int32)
-    diameter, smooth, mask = _foreground(plane, config)
-    if not mask.any() or mask.all():
-        return np.zeros(image.shape, np.int32)
-    excess = smooth - _background(smooth, mask, diameter)
-    noise = 1.4826 * float(np.median(np.abs(excess[~mask])))
-    contrast = np.maximum(excess, 0)
-    labels = _split(mask, contrast, diameter, config)
-    return _trim(labels, contrast, noise, diameter, config)
+    plane = _without_glare(plane)
+    # Where nuclei are so few that the histogram is all noise, Otsu's threshold splits the noise, whose parts are
+    # then refused as such, and only what stands clear of the noise is looked at.
+    for sparse in (False, True):
+        diameter, smooth, mask = _foreground(plane, config, sparse)
+        if mask.any() and not mask.all():
+            excess = smooth - _background(smooth, mask, diameter)
+            noise = _middle_and_spread(excess[~mask])[1]
+            contrast = np.maximum(excess, 0)
+            labels = _trim(_split(mask, contrast, diameter, config), contrast, noise, diameter, config)
+            if labels.any():
+                return labels
+    return np.zeros(image.shape, np.int32)
 
 
 def segment_cells(
@@ -173,8 +159,11 @@ def segment_cells(
     bright = _fill_holes((levels > _otsu(levels)) | (distance <= config.rim * diameter), 0.4 * diameter**2)
     mask = bright & (distance <= config.max_distance * diameter)
     landscape = distance / diameter - config.brightness_weight * levels / float(levels.max())
-    cells: Labels = watershed(landscape, markers, mask=mask).astype(np.int32)
-    return cells
+    return _watershed(landscape, markers, mask)
+
+
+def _watershed(landscape: npt.NDArray[Any], markers: npt.NDArray[Any], mask: Mask) -> Labels:
+    return cast(Labels, watershed(landscape, markers, mask=mask).astype(np.int32))  # type: ignore[no-untyped-call]
 
 
 def _unit_range(image: npt.NDArray[Any], name: str) -> Plane | None:
@@ -191,19 +180,17 @@ def _unit_range(image: npt.NDArray[Any], name: str) -> Plane | None:
     return ((image.astype(np.float64) - low) / (high - low)).astype(np.float32)
 
 
-def _foreground(plane: Plane, config: NucleiConfig) -> tuple[float, Plane, Mask]:
+def _foreground(plane: Plane, config: NucleiConfig, sparse: bool) -> tuple[float, Plane, Mask]:
     """Nucleus diameter (px), the image blurred to suit it, and the mask of what may be nucleus."""
     diameter = config.diameter
     rounds = 1
     if diameter is None:
-        smooth = _blur(plane, 1.0)
-        levels = _compress(smooth, config.dim_weight)
-        diameter = _typical_diameter(levels > _otsu(levels))
+        diameter = _typical_diameter(np.greater(*_threshold(_blur(plane, 1.0), config, sparse)))
         rounds = 3
     for remaining in reversed(range(rounds)):
         smooth = _blur(plane, max(1.0, config.smoothing * diameter))
-        levels = _compress(smooth, config.dim_weight)
-        mask = levels > _otsu(levels)
+        levels, threshold = _threshold(smooth, config, sparse)
+        mask = levels > threshold
         if mask.any() and not mask.all():
             step = float(levels[mask].mean() - levels[~mask].mean())
             mask &= levels > _local_mean(levels, config.local_window * diameter) + config.local_contrast * step
@@ -213,6 +200,15 @@ def _foreground(plane: Plane, config: NucleiConfig) -> tuple[float, Plane, Mask]
     return diameter, smooth, mask
 
 
+def _threshold(smooth: Plane, config: NucleiConfig, sparse: bool) -> tuple[Plane, float]:
+    """Brightness on the scale it is judged on, and the threshold there."""
+    if sparse:
+        middle, spread = _middle_and_spread(smooth)
+        return smooth, middle + 6 * spread
+    levels = _compress(smooth, config.dim_weight)
+    return levels, _otsu(levels)
+
+
 def _typical_diameter(mask: Mask) -> float:
     """Diameter (px) of the objects in a mask, large ones counting by their area.
 
@@ -220,7 +216,7 @@ def _typical_diameter(mask: Mask) -> float:
     a blurred nucleus adds to its mask.
     """
     distance = _inner_distance(mask)[mask]
-    return max(4.0, 5.0 * float(distance.mean())) if distance.size else 4.0
+    return max(5.0, 5.0 * float(distance.mean())) if distance.size else 5.0
 
 
 def _compress(plane: Plane, dim_weight: float) -> Plane:
@@ -229,8 +225,30 @@ def _compress(plane: Plane, dim_weight: float) -> Plane:
     On it a nucleus a fifth as bright as another is still nearer to it than to the background.
     """
     floor = float(np.percentile(plane, 1))
-    unit = dim_weight * max(_otsu(plane) - floor, 1e-6)
-    return np.log1p(np.maximum(plane - floor, 0) / unit)
+    bright = _bright_level(plane)
+    # A few saturated specks pull Otsu's threshold above every nucleus; the bright level ignores them.
+    reference = _otsu(plane) - floor if bright is None else 0.4 * (bright - floor)
+    unit = dim_weight * max(reference, 1e-6)
+    return cast(Plane, np.log1p(np.maximum(plane - floor, 0) / unit))
+
+
+def _bright_level(plane: Plane) -> float | None:
+    """Brightness of the brightest 0.5 %, or None where less of the field than that stands out of the noise."""
+    middle, spread = _middle_and_spread(plane)
+    bright = float(np.percentile(plane, 99.5))
+    return bright if bright > middle + 8 * spread else None
+
+
+def _without_glare(plane: Plane) -> Plane:
+    """The image with specks far brighter than its nuclei cut down, lest their blur outshine what is near."""
+    bright = _bright_level(plane)
+    return plane if bright is None else np.minimum(plane, np.float32(4 * bright))
+
+
+def _middle_and_spread(values: npt.NDArray[np.float32]) -> tuple[float, float]:
+    """Median, and the standard deviation as the median absolute deviation tells it."""
+    middle = float(np.median(values))
+    return middle, 1.4826 * float(np.median(np.abs(values - middle)))
 
 
 def _otsu(plane: Plane) -> float:
@@ -266,7 +284,7 @@ def _split(mask: Mask, contrast: Plane, diameter: float, config: NucleiConfig) -
     window = np.ones((max(3, int(config.seed_distance * diameter) | 1),) * 2, np.uint8)
     tops = mask & (height == cv2.dilate(height, window)) & (height > 0)
     seeds = cv2.connectedComponents(tops.astype(np.uint8), connectivity=8)[1]
-    parts: Labels = watershed(-height, seeds, mask=mask).astype(np.int32)
+    parts = _watershed(-height, seeds, mask)
     return _merge(parts, inner, contrast, config.neck)
 
 
@@ -279,9 +297,7 @@ def _merge(labels: Labels, inner: Plane, contrast: Plane, neck: float) -> Labels
     )
     if first.size == 0:
         return labels
-    pairs, pair, length = np.unique(
-        first.astype(np.int64) * (n + 1) + second, return_inverse=True, return_counts=True
-    )
+    pairs, pair, length = np.unique(first.astype(np.int64) * (n + 1) + second, return_inverse=True, return_counts=True)
     width = np.zeros(len(pairs))
     np.maximum.at(width, pair, thickness)
     light = np.bincount(pair, brightness) / length
@@ -302,9 +318,8 @@ def _merge(labels: Labels, inner: Plane, contrast: Plane, neck: float) -> Labels
             node = int(root[node])
         return node
 
-    order = sorted(range(len(pairs)), key=lambda edge: -likeness(edge, one[edge], other[edge]))
-    for edge in order:
-        a, b = sorted((find(one[edge]), find(other[edge])))
+    for edge in sorted(range(len(pairs)), key=lambda edge: -likeness(edge, int(one[edge]), int(other[edge]))):
+        a, b = sorted((find(int(one[edge])), find(int(other[edge]))))
         if a != b and likeness(edge, a, b) > neck:
             root[b] = a
             peak[a] = max(peak[a], peak[b])
@@ -329,35 +344,34 @@ def _contacts(labels: Labels, inner: Plane, contrast: Plane, axis: int) -> tuple
     )
 
 
-def _trim(
-    labels: Labels, contrast: Plane, noise: float, diameter: float, config: NucleiConfig
-) -> Labels:
+def _trim(labels: Labels, contrast: Plane, noise: float, diameter: float, config: NucleiConfig) -> Labels:
     """Cut each label at a share of its own brightness, keep its largest piece, drop what is no nucleus."""
     n = int(labels.max())
     weight = np.bincount(labels.ravel(), contrast.ravel(), minlength=n + 1)
     # The mean weighted by brightness itself stands for the plateau: the dim rim hardly counts in it.
     plateau = np.bincount(labels.ravel(), (contrast**2).ravel(), minlength=n + 1) / np.maximum(weight, 1e-9)
     keep = (labels > 0) & (contrast > (config.edge_level * plateau)[labels])
-    pieces = connected_parts(np.where(_fill_holes(keep, 0.4 * diameter**2), labels, 0), connectivity=1)
+    filled = np.where(_fill_holes(keep, 0.4 * diameter**2), labels, 0)
+    pieces = connected_parts(filled, connectivity=1)  # type: ignore[no-untyped-call]
     area = _areas(pieces)
     owner = np.zeros(len(area), np.int64)
     owner[pieces.ravel()] = labels.ravel()
     largest = np.zeros(n + 1, np.int64)
     np.maximum.at(largest, owner[1:], area[1:])
     disk = np.pi / 4 * diameter**2
-    nucleus = (area == largest[owner]) & (area >= config.min_area * disk)
+    nucleus = (area == largest[owner]) & (area >= max(config.min_area * disk, _LEAST_AREA))
     nucleus[0] = False
     if not nucleus.any():
         return np.zeros(labels.shape, np.int32)
     bright = plateau[owner]
     typical = float(np.median(bright[nucleus]))
+    if typical < _NOISE_CONTRAST * noise:
+        return np.zeros(labels.shape, np.int32)
     # A nucleus cut by the border of the field may be small; a small one inside must be bright for its size.
     border = np.zeros(len(area), bool)
     border[np.concatenate([pieces[0], pieces[-1], pieces[:, 0], pieces[:, -1]])] = True
     nucleus &= border | (area * bright >= config.min_content * disk * typical)
     nucleus &= bright >= config.min_contrast * typical
-    if typical < _NOISE_CONTRAST * noise:
-        nucleus &= bright >= _SURE_CONTRAST * noise
     ids = np.where(nucleus, np.cumsum(nucleus), 0).astype(np.int32)
     kept: Labels = ids[pieces]
     return kept
@@ -368,17 +382,19 @@ def _areas(labels: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
 
 
 def _blur(plane: Plane, sigma: float) -> Plane:
-    return cv2.GaussianBlur(plane, (0, 0), sigma, borderType=cv2.BORDER_REFLECT) if sigma > 0 else plane
+    if sigma == 0:
+        return plane
+    return cast(Plane, cv2.GaussianBlur(plane, (0, 0), sigma, borderType=cv2.BORDER_REFLECT))
 
 
 def _local_mean(plane: Plane, side: float) -> Plane:
     size = min(int(side) | 1, 2 * min(plane.shape) - 1)
-    return cv2.blur(plane, (size, size), borderType=cv2.BORDER_REFLECT)
+    return cast(Plane, cv2.blur(plane, (size, size), borderType=cv2.BORDER_REFLECT))
 
 
 def _inner_distance(mask: Mask) -> Plane:
     """Distance (px) of every mask pixel to the outside; the border of the image is not outside."""
-    return cv2.distanceTransform(mask.astype(np.uint8), cv2.DIST_L2, 5)
+    return cast(Plane, cv2.distanceTransform(mask.astype(np.uint8), cv2.DIST_L2, 5))
 
 
 def _fill_holes(mask: Mask, max_area: float) -> Mask:

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-
 from pydantic import Field
 
 from screening import clips, features, quality, segmentation, tracking
@@ -40,17 +39,13 @@ class SegmentConfig(Config):
 
     channels: ChannelsConfig = Field(description="which of the plates' channels is what")
     projection: Projection = Field("max", description="how a z axis is projected: max or mean")
-    illumination: IlluminationConfig = Field(
-        FlatField(), description="correction of uneven illumination"
-    )
+    illumination: IlluminationConfig = Field(FlatField(), description="correction of uneven illumination")
     quality: QualityConfig = Field(QualityConfig(), description="what counts as a bad frame")
     nuclei: NucleiConfig = Field(NucleiConfig(), description="segmentation of nuclei")
     cells: CellsConfig = Field(CellsConfig(), description="segmentation of cells")
     tracking: TrackingConfig = Field(TrackingConfig(), description="tracking over time")
     clips: ClipsConfig = Field(ClipsConfig(), description="single-cell clips")
-    labels: bool = Field(
-        True, description="write labels beside the plates' images (NGFF image-labels) for viewers"
-    )
+    labels: bool = Field(True, description="write labels beside the plates' images (NGFF image-labels) for viewers")
 
 
 @dataclass(frozen=True)
@@ -104,12 +99,7 @@ def process_site(
     bad = quality.flag_frames(measures, config.quality)
     corrected = correct(stack, calibration)
 
-    nuclei = np.stack(
-        [
-            segmentation.segment_nuclei(plane, config.nuclei)
-            for plane in corrected[:, nucleus]
-        ]
-    )
+    nuclei = np.stack([segmentation.segment_nuclei(plane, config.nuclei) for plane in corrected[:, nucleus]])
     nuclei, parents = tracking.link(nuclei, config.tracking)
     # Cells take the numbers of their nuclei, so what was linked as nuclei is linked as cells.
     cytoplasm = config.channels.cytoplasm

@@ -33,9 +33,7 @@ class SplitConfig(Config):
     validation_share: float = Field(
         0.2, ge=0, lt=1, description="share of each MOA's compounds to choose the best epoch on"
     )
-    test_share: float = Field(
-        0.2, ge=0, lt=1, description="share of each MOA's compounds never trained on, to test on"
-    )
+    test_share: float = Field(0.2, ge=0, lt=1, description="share of each MOA's compounds never trained on, to test on")
     hold_out_replicate: bool = Field(
         True, description="never train on the last replicate, and test trained compounds there"
     )
@@ -48,9 +46,7 @@ class Split(NamedTuple):
     notes: list[str]
 
 
-def split(
-    plate_map: pd.DataFrame, compounds: pd.DataFrame, config: SplitConfig, seed: int
-) -> Split:
+def split(plate_map: pd.DataFrame, compounds: pd.DataFrame, config: SplitConfig, seed: int) -> Split:
     """Divide a screen's wells.
 
     Of each MOA's compounds, at least one is trained on; with two or more at least one is for
@@ -78,8 +74,7 @@ def split(
     missing = sorted(set(plate_map["compound"]) - set(moa_of.index))
     if missing:
         raise InputError(
-            f"compounds {', '.join(missing[:5])} of the plate map are not in the compounds table: "
-            "add a row for each"
+            f"compounds {', '.join(missing[:5])} of the plate map are not in the compounds table: add a row for each"
         )
     moa = plate_map["compound"].map(moa_of)
     moa = moa.astype(object).where(moa.notna(), None)
@@ -99,15 +94,11 @@ def split(
             return own
         return "test_replicate" if own == "train" and not control else "unused"
 
-    table["split"] = [
-        part(*well) for well in zip(table["compound"], is_control, table["replicate"], strict=True)
-    ]
+    table["split"] = [part(*well) for well in zip(table["compound"], is_control, table["replicate"], strict=True)]
     return Split(table, _notes(table, held_out, config))
 
 
-def _divide_compounds(
-    known: pd.DataFrame, config: SplitConfig, rng: np.random.Generator
-) -> dict[str, str]:
+def _divide_compounds(known: pd.DataFrame, config: SplitConfig, rng: np.random.Generator) -> dict[str, str]:
     place: dict[str, str] = {}
     for _, wells in known.groupby("moa", sort=True):
         names = rng.permutation(sorted(wells["compound"].unique())).tolist()
@@ -139,9 +130,7 @@ def _notes(table: pd.DataFrame, held_out: str | None, config: SplitConfig) -> li
     notes = []
     unknown = table["compound"][table["moa"].isna() & (table["role"] != "negative_control")]
     if len(unknown):
-        notes.append(
-            f"{unknown.nunique()} compounds have no known MOA: they are embedded, not trained on."
-        )
+        notes.append(f"{unknown.nunique()} compounds have no known MOA: they are embedded, not trained on.")
     if held_out is not None:
         notes.append(f"Replicate {held_out} is held out: nothing in it is trained on.")
     elif config.hold_out_replicate:
@@ -149,13 +138,9 @@ def _notes(table: pd.DataFrame, held_out: str | None, config: SplitConfig) -> li
     if "test_compound" not in count and config.test_share > 0:
         notes.append("No MOA has two compounds, so none is held out: test_compound is empty.")
     if "validation" not in count and config.validation_share > 0:
-        notes.append(
-            "No MOA has three compounds, so there is no validation: the last epoch counts as best."
-        )
+        notes.append("No MOA has three compounds, so there is no validation: the last epoch counts as best.")
     if held_out is not None and "test_replicate" not in count:
-        notes.append(
-            f"Replicate {held_out} has no compound that was trained on, so test_replicate is empty."
-        )
+        notes.append(f"Replicate {held_out} has no compound that was trained on, so test_replicate is empty.")
     return notes
 
 
@@ -187,9 +172,7 @@ def check_leaks(table: pd.DataFrame) -> None:
         _refuse_shared(test_replicate, part, "replicate", "test_replicate", name)
 
 
-def _refuse_shared(
-    left: pd.DataFrame, right: pd.DataFrame, column: str, left_name: str, right_name: str
-) -> None:
+def _refuse_shared(left: pd.DataFrame, right: pd.DataFrame, column: str, left_name: str, right_name: str) -> None:
     shared = left[column][left[column].isin(right[column])]
     if len(shared):
         raise InputError(

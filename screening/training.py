@@ -92,6 +92,11 @@ class TrainConfig(Config):
     schedule: Annotated[CosineSchedule | PlateauSchedule, Field(discriminator="method")] = Field(
         CosineSchedule(), description="how the learning rate changes"
     )
+    validation_clips: int = Field(
+        512,
+        ge=1,
+        description="clips of validation compounds, and of trained ones to look them up among",
+    )
     patience: int | None = Field(
         None,
         ge=1,

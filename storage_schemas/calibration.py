@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import zipfile
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,9 +13,7 @@ VERSION = 1
 Float32s = NDArray[np.float32]
 
 
-def write_calibration(
-    url: str, flat_field: Float32s | None, offset: Float32s, low: Float32s, high: Float32s
-) -> None:
+def write_calibration(url: str, flat_field: Float32s | None, offset: Float32s, low: Float32s, high: Float32s) -> None:
     """Write a calibration, atomically; see :class:`screening.illumination.Calibration` for its meaning.
 
     Args:
@@ -28,10 +23,8 @@ def write_calibration(
         low: (C,) float32, the intensity shown as black.
         high: (C,) float32, the intensity shown as white.
     """
-    sink = io.BytesIO()
-    fields = {} if flat_field is None else {"flat_field": flat_field}
-    np.savez(sink, version=np.int64(VERSION), offset=offset, low=low, high=high, **fields)
-    store.write_bytes(url, sink.getvalue())
+    fields = {"version": np.array(VERSION), "offset": offset, "low": low, "high": high}
+    store.write_npz(url, fields if flat_field is None else {**fields, "flat_field": flat_field})
 
 
 def read_calibration(url: str) -> tuple[Float32s | None, Float32s, Float32s, Float32s]:
@@ -40,13 +33,9 @@ def read_calibration(url: str) -> tuple[Float32s | None, Float32s, Float32s, Flo
     Raises:
         SchemaError: if the file is missing, truncated or of another version.
     """
-    try:
-        with np.load(io.BytesIO(store.read_bytes(url)), allow_pickle=False) as stored:
-            if int(stored["version"]) != VERSION:
-                raise SchemaError(url, f"expected a calibration of version {VERSION}")
-            flat_field = stored["flat_field"] if "flat_field" in stored else None
-            return flat_field, stored["offset"], stored["low"], stored["high"]
-    except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
-        if isinstance(error, SchemaError):
-            raise
-        raise SchemaError(url, f"is not a readable calibration ({error})") from error
+    stored = store.read_npz(url)
+    if not {"version", "offset", "low", "high"} <= stored.keys():
+        raise SchemaError(url, f"is not a calibration: it holds {sorted(stored)}")
+    if stored["version"] != VERSION:
+        raise SchemaError(url, f"expected a calibration of version {VERSION}, found {stored['version']}")
+    return stored.get("flat_field"), stored["offset"], stored["low"], stored["high"]

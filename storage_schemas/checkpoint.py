@@ -58,7 +58,10 @@ def write_checkpoint(
     """Write a checkpoint folder; its manifest comes last and makes it whole."""
     store.remove(store.join(url, "manifest.json"))
     store.write_bytes(store.join(url, "model.safetensors"), save(weights))
-    if training is not None:
+    if training is None:
+        # An older one would not belong to these weights.
+        store.remove(store.join(url, "training.pt"))
+    else:
         store.write_bytes(store.join(url, "training.pt"), training)
     document = {"form": "checkpoint", "version": VERSION, **asdict(manifest)}
     store.write_json(store.join(url, "manifest.json"), document)
@@ -78,17 +81,17 @@ def read_manifest(url: str) -> CheckpointManifest:
         raise SchemaError(where, f"expected a checkpoint of version {VERSION}")
     try:
         manifest = CheckpointManifest(**document)
+        # JSON has lists only.
+        return replace(
+            manifest,
+            class_names=tuple(manifest.class_names),
+            channels=tuple(manifest.channels),
+            mean=tuple(manifest.mean),
+            std=tuple(manifest.std),
+            history=tuple(manifest.history),
+        )
     except TypeError as error:
         raise SchemaError(where, f"is incomplete: {error}") from error
-    # JSON has lists only.
-    return replace(
-        manifest,
-        class_names=tuple(manifest.class_names),
-        channels=tuple(manifest.channels),
-        mean=tuple(manifest.mean),
-        std=tuple(manifest.std),
-        history=tuple(manifest.history),
-    )
 
 
 def read_weights(url: str) -> dict[str, NDArray[Any]]:

@@ -16,9 +16,7 @@ VERSION = 1
 SHARD_CLIPS = 64  # some tens of MB a shard: few files, and a writer holds one shard in memory
 
 
-def write_clips(
-    url: str, clips: NDArray[np.uint8], channels: Sequence[str], frames: Sequence[int]
-) -> None:
+def write_clips(url: str, clips: NDArray[np.uint8], channels: Sequence[str], frames: Sequence[int]) -> None:
     """Write a well's clips; whatever was there is replaced.
 
     The array is whole only when the well's cells table, written after it, stands there.
@@ -62,9 +60,7 @@ def open_clips(url: str) -> zarr.Array[Any]:
     if not isinstance(mark, dict) or (mark.get("form"), mark.get("version")) != ("clips", VERSION):
         raise SchemaError(url, f"expected clips of version {VERSION}, found {mark or 'no mark'}")
     if array.ndim != 5 or array.dtype != np.uint8:
-        raise SchemaError(
-            url, f"expected (N, C, T, H, W) uint8, found {array.shape} {array.dtype}"
-        )
+        raise SchemaError(url, f"expected (N, C, T, H, W) uint8, found {array.shape} {array.dtype}")
     return array
 
 
@@ -84,8 +80,9 @@ def read_clips(url: str, positions: Sequence[int] | slice) -> NDArray[np.uint8]:
     array = open_clips(url)
     if isinstance(positions, slice):
         return arrays.read(url, array, (positions,))
-    if len(positions) and max(positions) >= array.shape[0]:
-        raise SchemaError(url, f"holds {array.shape[0]} clips, asked for number {max(positions)}")
+    outside = [position for position in positions if not 0 <= position < array.shape[0]]
+    if outside:
+        raise SchemaError(url, f"holds {array.shape[0]} clips, asked for number(s) {outside[:5]}")
     # Each clip is read once even if asked for often; zarr wants ascending positions to be fast.
     unique, inverse = np.unique(np.asarray(positions, dtype=np.int64), return_inverse=True)
     clips: NDArray[np.uint8] = arrays.read(url, array, (unique,))[inverse]

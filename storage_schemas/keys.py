@@ -37,9 +37,7 @@ def split_well(well: str) -> tuple[str, str]:
     """
     match = _WELL.fullmatch(well)
     if match is None:
-        raise InputError(
-            f"well {well!r} is not a well name: expected row letters and a column number, such as B02"
-        )
+        raise InputError(f"well {well!r} is not a well name: expected row letters and a column number, such as B02")
     return match[1], match[2]
 
 

@@ -8,7 +8,7 @@ Specification: https://ngff.openmicroscopy.org/0.5/
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -48,15 +48,17 @@ class Plate:
         """Site name -> URL of its image, in the well's order.
 
         Raises:
-            SchemaError: if the well's metadata is missing or lists no images.
+            SchemaError: if there is no such well, or its metadata is missing or lists no usable images.
         """
+        if well not in self.well_paths:
+            raise SchemaError(self.url, f"has no well {well!r}; its wells are {list(self.well_paths)}")
         url = store.join(self.url, self.well_paths[well])
         document = _ome(url, "well")
         names = [str(entry.get("path", "")) for entry in document.get("images", [])]
         if not names:
             raise SchemaError(url, "is a well without images")
         for name in names:
-            check_name(name, "site")
+            _named_in(url, check_name, name, "site")
         return {name: store.join(url, name) for name in names}
 
 
@@ -102,14 +104,15 @@ class SiteImage:
             projection: how z is projected, where there is a z.
 
         Raises:
-            SchemaError: if a channel does not exist or a chunk cannot be read.
+            SchemaError: if a channel or frame does not exist or a chunk cannot be read.
         """
-        picks: dict[str, Any] = {}
+        picks: dict[str, NDArray[np.int64]] = {}
         if channels is not None:
-            picks["c"] = [self._channel(name) for name in channels]
+            picks["c"] = np.array([self._channel(name) for name in channels], np.int64)
         if frames is not None:
-            picks["t"] = list(frames)
-        # A missing axis has length one, so asking it for its only element needs no selection.
+            picks["t"] = np.array(frames, np.int64)
+            if not all(0 <= frame < self.shape[0] for frame in frames):
+                raise SchemaError(self.url, f"has {self.shape[0]} frames, asked for {list(frames)}")
         selection = tuple(picks.get(axis, slice(None)) for axis in self.axes)
         block = arrays.read(self._level_url, self._array, selection)
         if "z" in self.axes:
@@ -118,13 +121,13 @@ class SiteImage:
         for position, axis in enumerate("tc"):
             if axis not in self.axes:
                 block = np.expand_dims(block, position)
+                if axis in picks:
+                    block = block.take(picks[axis], axis=position)
         return block
 
     def _channel(self, name: str) -> int:
         if name not in self.channels:
-            raise SchemaError(
-                self.url, f"has no channel {name!r}; its channels are {list(self.channels)}"
-            )
+            raise SchemaError(self.url, f"has no channel {name!r}; its channels are {list(self.channels)}")
         return self.channels.index(name)
 
 
@@ -136,14 +139,14 @@ def open_plate(url: str) -> Plate:
     """
     document = _ome(url, "plate")
     name = str(document.get("name") or re.sub(r"(\.ome)?\.zarr$", "", url.rstrip("/").split("/")[-1]))
-    check_name(name, "plate")
+    _named_in(url, check_name, name, "plate")
     wells: dict[str, str] = {}
     for entry in document.get("wells", []):
         path = str(entry.get("path", ""))
         row, _, column = path.partition("/")
         if not row.isalnum() or not column.isalnum():
             raise SchemaError(url, f"well path {path!r} is not of the form row/column")
-        well = canonical_well(row + column)
+        well = _named_in(url, canonical_well, row + column)
         if well in wells:
             raise SchemaError(url, f"well {well} is listed twice: {wells[well]!r} and {path!r}")
         wells[well] = path
@@ -213,14 +216,15 @@ def create_well(
         time_step: seconds.
     """
     row, column = split_well(well)
+    if len(set(channels)) != len(channels):
+        raise InputError(f"channels {list(channels)} must differ in name")
     well_url = store.join(plate_url, row, column)
     store.remove(well_url)
     for site, stack in sites.items():
         check_name(site, "site")
         if stack.ndim != 4 or stack.shape[1] != len(channels):
             raise InputError(
-                f"site {well}/{site}: expected (T, C, H, W) with the channels {list(channels)}, "
-                f"got shape {stack.shape}"
+                f"site {well}/{site}: expected (T, C, H, W) with the channels {list(channels)}, got shape {stack.shape}"
             )
         _write_image(store.join(well_url, site), stack, channels, pixel_size, time_step)
     images = [{"path": site, "acquisition": 0} for site in sites]
@@ -256,7 +260,6 @@ def list_wells(plate_url: str, name: str, wells: Sequence[str]) -> None:
                     for row, column in split
                 ],
                 "acquisitions": [{"id": 0}],
-                "field_count": 1,
             }
         },
         extra_parents=rows,
@@ -273,7 +276,9 @@ def write_labels(image_url: str, labels: dict[str, NDArray[np.int32]]) -> None:
     image = open_site(image_url)
     zarr_format = image._array.metadata.zarr_format
     root = arrays.zarr_store(image_url)
-    listed = _listed_labels(image_url)
+    # Made before the labels in it, so that an interrupted writer leaves a group that can be gone on with.
+    group = zarr.open_group(root, path="labels", mode="a", zarr_format=zarr_format)
+    listed = sorted(_metadata(group).get("labels", []))
     names = sorted({*listed, *labels})
     version = "0.5" if zarr_format == 3 else "0.4"
     for name, movie in labels.items():
@@ -307,7 +312,6 @@ def write_labels(image_url: str, labels: dict[str, NDArray[np.int32]]) -> None:
             array[...] = coarse
     # Only adding a name changes this file, so that a repeated run leaves it alone.
     if names != listed:
-        group = zarr.open_group(root, path="labels", mode="a", zarr_format=zarr_format)
         group.update_attributes(_wrapped({"labels": names}, zarr_format))
 
 
@@ -320,14 +324,6 @@ def open_labels(image_url: str, name: str) -> NDArray[np.int32]:
     url = store.join(image_url, "labels", name, "0")
     labels: NDArray[np.int32] = arrays.read(url, arrays.open_array(url), slice(None)).astype("int32")
     return labels
-
-
-def _listed_labels(image_url: str) -> list[str]:
-    url = store.join(image_url, "labels")
-    if not store.list_names(url):
-        return []
-    attributes = arrays.open_group(url).attrs.asdict()
-    return sorted(attributes.get("ome", attributes).get("labels", []))
 
 
 def _write_image(
@@ -378,7 +374,8 @@ def _halved(stack: NDArray[Any]) -> NDArray[Any]:
     """Mean of 2 × 2 pixels; an odd last row or column is left out, as viewers expect."""
     height, width = stack.shape[2] // 2 * 2, stack.shape[3] // 2 * 2
     blocks = stack[:, :, :height, :width].reshape(*stack.shape[:2], height // 2, 2, width // 2, 2)
-    return blocks.mean(axis=(3, 5), dtype="f4").astype(stack.dtype)
+    halved: NDArray[Any] = blocks.mean(axis=(3, 5), dtype="f4").astype(stack.dtype)
+    return halved
 
 
 def _window(channel: NDArray[Any]) -> dict[str, float]:
@@ -387,9 +384,7 @@ def _window(channel: NDArray[Any]) -> dict[str, float]:
     return {"min": low, "start": low, "end": max(high, low + 1), "max": max(high, low + 1)}
 
 
-def _multiscales(
-    axes: str, n_levels: int, pixel_size: float | None, time_step: float | None
-) -> list[dict[str, Any]]:
+def _multiscales(axes: str, n_levels: int, pixel_size: float | None, time_step: float | None) -> list[dict[str, Any]]:
     kinds = {"t": "time", "c": "channel", "y": "space", "x": "space"}
     entries: list[dict[str, str]] = [{"name": axis, "type": kinds[axis]} for axis in axes]
     for entry in entries:
@@ -428,17 +423,27 @@ def _group(attributes: dict[str, Any]) -> dict[str, Any]:
 
 def _ome(url: str, key: str | None) -> dict[str, Any]:
     """A group's NGFF metadata, or one part of it."""
-    attributes = arrays.open_group(url).attrs.asdict()
-    document = attributes.get("ome", attributes)
+    document = _metadata(arrays.open_group(url))
     if key is None:
-        assert isinstance(document, dict)
         return document
     part = document.get(key)
     if not isinstance(part, dict):
-        raise SchemaError(
-            url, f"is not an OME-Zarr {key}: its metadata has no {key!r} (was its ingest interrupted?)"
-        )
+        raise SchemaError(url, f"is not an OME-Zarr {key}: its metadata has no {key!r} (was its ingest interrupted?)")
     return part
+
+
+def _metadata(group: zarr.Group) -> dict[str, Any]:
+    attributes: dict[str, Any] = group.attrs.asdict()
+    document = attributes.get("ome", attributes)
+    return document if isinstance(document, dict) else {}
+
+
+def _named_in(url: str, check: Callable[..., str], *name: str) -> str:
+    """Check a name that stands in a file, and say in which if it is not usable."""
+    try:
+        return check(*name)
+    except InputError as error:
+        raise SchemaError(url, str(error)) from error
 
 
 def _scale(dataset: dict[str, Any], n_axes: int) -> list[float]:
@@ -455,9 +460,7 @@ def _physical(step: float | None, unit: str, factors: dict[str, float]) -> float
 
 def _channel_names(url: str, document: dict[str, Any], count: int) -> tuple[str, ...]:
     entries = document.get("omero", {}).get("channels", [])
-    names = tuple(str(e.get("label", i)) for i, e in enumerate(entries)) or tuple(
-        str(i) for i in range(count)
-    )
+    names = tuple(str(e.get("label", i)) for i, e in enumerate(entries)) or tuple(str(i) for i in range(count))
     if len(names) != count:
         raise SchemaError(url, f"has {count} channels but {len(names)} channel names {list(names)}")
     if len(set(names)) != count:

@@ -11,18 +11,18 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from storage_schemas import store
-from storage_schemas.errors import SchemaError
+from storage_schemas.errors import InputError, SchemaError
 from storage_schemas.keys import WellKey
 
 VERSION = 1
 
-STAGES = ("segment", "train", "embed", "index", "evaluate", "report")
 Stage = Literal["segment", "train", "embed", "index", "evaluate", "report"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
 class StageRecord(BaseModel):
@@ -223,8 +223,13 @@ class Screen:
     def _listed(self, folder: str, suffix: str) -> Iterable[WellKey]:
         for plate in store.list_names(self._path(folder)):
             for name in store.list_names(self._path(folder, plate)):
-                if name.endswith(suffix):
+                if not name.endswith(suffix):
+                    continue
+                try:
                     yield WellKey(plate, name.removesuffix(suffix))
+                except InputError as error:
+                    where = self._path(folder, plate, name)
+                    raise SchemaError(where, f"is not of this screen, remove it: {error}") from error
 
 
 def fingerprint(*parts: Any) -> str:

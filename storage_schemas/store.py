@@ -6,6 +6,7 @@ reader therefore sees the old bytes or the new ones, never a part.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import uuid
@@ -13,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 from fsspec.implementations.local import LocalFileSystem
+from numpy.typing import NDArray
 
 from storage_schemas.errors import InputError, SchemaError
 
@@ -43,11 +46,12 @@ def absolute(url: str, base: str = "") -> str:
     """A URL as it is; a local path made absolute, relative ones against ``base`` (a folder or URL)."""
     if "://" in url:
         return filesystem(url)[1] if is_local(url) else url
+    url = os.path.expanduser(url)
     if base and not os.path.isabs(url):
         if not is_local(base):
             return join(base, url)
         url = os.path.join(base, url)
-    return os.path.abspath(os.path.expanduser(url))
+    return os.path.abspath(url)
 
 
 def join(url: str, *parts: str) -> str:
@@ -70,10 +74,11 @@ def list_names(url: str) -> list[str]:
     """Names (not paths) of what a folder holds, sorted; empty if there is no such folder."""
     fs, path = filesystem(url)
     try:
-        entries = fs.ls(path, detail=False, refresh=True)
+        entries = [entry.rstrip("/") for entry in fs.ls(path, detail=False, refresh=True)]
     except (FileNotFoundError, NotADirectoryError):
         return []
-    names = {entry.rstrip("/").rpartition("/")[2] for entry in entries}
+    # A file lists itself, and so does an object that stands for a folder.
+    names = {entry.rpartition("/")[2] for entry in entries if entry != path.rstrip("/")}
     return sorted(name for name in names if name and not name.endswith(".partial"))
 
 
@@ -128,6 +133,27 @@ def write_json(url: str, document: Any) -> None:
     """Write a JSON document, atomically; NaN and infinities are refused, since JSON has none."""
     text = json.dumps(document, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False)
     write_bytes(url, text.encode() + b"\n")
+
+
+def read_npz(url: str) -> dict[str, NDArray[Any]]:
+    """All arrays of an ``.npz`` file, by name.
+
+    Raises:
+        SchemaError: if the file is missing, truncated, or holds pickled objects instead of numbers.
+    """
+    data = io.BytesIO(read_bytes(url))
+    try:
+        with np.lib.npyio.NpzFile(data, own_fid=True, allow_pickle=False) as stored:
+            return dict(stored)
+    except Exception as error:  # zip, zlib and the array headers have errors of their own
+        raise SchemaError(url, f"is not a readable .npz file ({error})") from error
+
+
+def write_npz(url: str, fields: dict[str, NDArray[Any]]) -> None:
+    """Write named arrays as one compressed ``.npz`` file, atomically."""
+    sink = io.BytesIO()
+    np.savez_compressed(sink, **fields)  # type: ignore[arg-type]  # its stub takes names for options
+    write_bytes(url, sink.getvalue())
 
 
 def remove(url: str) -> None:

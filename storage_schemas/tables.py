@@ -6,10 +6,12 @@ checks them again, so that a file of another form, version or run is an error th
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -61,12 +63,7 @@ PLATE_MAP = TableForm(
 COMPOUNDS = TableForm(
     "compounds",
     1,
-    pa.schema(
-        [
-            (name, pa.string())
-            for name in ("compound", "name", "moa", "cas", "inchikey", "smiles", "target")
-        ]
-    ),
+    pa.schema([(name, pa.string()) for name in ("compound", "name", "moa", "cas", "inchikey", "smiles", "target")]),
 )
 
 FEATURE_PREFIX = "feature_"
@@ -203,9 +200,7 @@ def normalisation_form(dimension: int) -> TableForm:
     )
 
 
-def write_table(
-    url: str, table: pa.Table | pd.DataFrame, form: TableForm, fingerprint: str = ""
-) -> None:
+def write_table(url: str, table: pa.Table | pd.DataFrame, form: TableForm, fingerprint: str = "") -> None:
     """Write a table of a given form as one Parquet file, atomically.
 
     Args:
@@ -218,7 +213,10 @@ def write_table(
         SchemaError: if columns are missing, unknown or of a type that does not fit.
     """
     if isinstance(table, pd.DataFrame):
-        table = pa.Table.from_pandas(table, preserve_index=False)
+        try:
+            table = pa.Table.from_pandas(table, preserve_index=False)
+        except pa.ArrowException as error:
+            raise SchemaError(url, f"a column of this {form.name} table has no one type: {error}") from error
     table = _conform(url, table, form)
     mark = {"form": form.name, "version": form.version, "fingerprint": fingerprint}
     table = table.replace_schema_metadata({_METADATA_KEY: json.dumps(mark).encode()})
@@ -235,9 +233,7 @@ def write_table(
     store.write_bytes(url, sink.getvalue())
 
 
-def open_table(
-    url: str, form: TableForm, columns: list[str] | None = None, fingerprint: str | None = None
-) -> pa.Table:
+def open_table(url: str, form: TableForm, columns: list[str] | None = None, fingerprint: str | None = None) -> pa.Table:
     """Read a Parquet table and check that it is of the given form.
 
     Args:
@@ -251,11 +247,12 @@ def open_table(
     """
     data = store.read_bytes(url)
     try:
-        table = pq.read_table(io.BytesIO(data), columns=columns)
-    except (pa.ArrowInvalid, OSError, KeyError) as error:
-        raise SchemaError(
-            url, f"is not a readable Parquet file of form {form.name!r} ({error})"
-        ) from error
+        file = pq.ParquetFile(io.BytesIO(data))
+        # Pages are read only once the columns are known to be there.
+        names = file.schema_arrow.names if columns is None else [n for n in columns if n in file.schema_arrow.names]
+        table = file.read(names).select(names)
+    except (pa.ArrowException, OSError) as error:
+        raise SchemaError(url, f"is not a readable Parquet file of form {form.name!r} ({error})") from error
     mark = _mark(url, table)
     if (mark.get("form"), mark.get("version")) != (form.name, form.version):
         raise SchemaError(
@@ -314,14 +311,15 @@ def _conform(url: str, table: pa.Table, form: TableForm) -> pa.Table:
     fields = [*form.schema, *(table.schema.field(name) for name in extra)]
     try:
         return table.select([field.name for field in fields]).cast(pa.schema(fields))
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise SchemaError(
-            url, f"a column of this {form.name} table has the wrong type: {error}"
-        ) from error
+    except pa.ArrowException as error:
+        raise SchemaError(url, f"a column of this {form.name} table has the wrong type: {error}") from error
 
 
 def read_user_table(url: str) -> pd.DataFrame:
     """Read a table a user wrote: CSV or TSV (gzipped too), Parquet or XLSX. All cells come as text or null.
+
+    Rows without any value are left out. The frame's index says where a row stands: line ``index + 1`` of the file,
+    whose header is line 1.
 
     Raises:
         SchemaError: if the file is missing, of another kind, or unreadable.
@@ -330,31 +328,52 @@ def read_user_table(url: str) -> pd.DataFrame:
     name = url.lower()
     try:
         if name.endswith((".csv", ".csv.gz", ".tsv", ".tsv.gz", ".txt")):
-            frame = pd.read_csv(
-                io.BytesIO(data),
-                sep="\t" if ".tsv" in name else None,
-                engine="python",
-                dtype=str,
-                keep_default_na=False,
-                compression="gzip" if name.endswith(".gz") else None,
-                encoding="utf-8-sig",
-            )
+            cells = _read_text(data)
         elif name.endswith(".parquet"):
-            frame = pq.read_table(io.BytesIO(data)).to_pandas()
+            cells = _read_parquet(url, data)
         elif name.endswith(".xlsx"):
-            frame = pd.read_excel(io.BytesIO(data), dtype=str, keep_default_na=False)
+            cells = pd.read_excel(io.BytesIO(data), header=None, dtype=str, keep_default_na=False)
         else:
             raise SchemaError(url, "expected a .csv, .tsv, .parquet or .xlsx table")
     except SchemaError:
         raise
     except Exception as error:  # each parser has its own errors; the file is the user's to mend
         raise SchemaError(url, f"cannot be read as a table: {error}") from error
-    frame.columns = [str(column).strip().lower() for column in frame.columns]
+    if cells.empty:
+        raise SchemaError(url, "is empty: expected a line of column names and a line for each row")
+    cells = cells.map(lambda value: None if pd.isna(value) else str(value).strip() or None)
+    cells = cells.astype(object).where(cells.notna(), None)
+    named = cells.loc[:, cells.iloc[0].notna()]
+    frame: pd.DataFrame = named.iloc[1:].dropna(how="all")
+    frame.columns = pd.Index([str(column).lower() for column in named.iloc[0]])
     doubled = sorted(set(frame.columns[frame.columns.duplicated()]))
     if doubled:
         raise SchemaError(url, f"columns {doubled} stand there more than once")
-    text = frame.map(lambda value: None if pd.isna(value) else str(value).strip())
-    return text.map(lambda value: value or None).astype(object).where(lambda f: f.notna(), None)
+    return frame
+
+
+def _read_text(data: bytes) -> pd.DataFrame:
+    text = (gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data).decode("utf-8-sig")
+    header = text.partition("\n")[0]
+    # The header is read like any row: pandas would rename doubled columns and take surplus cells for an index.
+    return pd.read_csv(
+        io.StringIO(text),
+        sep=max(",;\t", key=header.count),
+        header=None,
+        dtype=str,
+        keep_default_na=False,
+        skip_blank_lines=False,
+    )
+
+
+def _read_parquet(url: str, data: bytes) -> pd.DataFrame:
+    table = pq.read_table(io.BytesIO(data))
+    nested = [field.name for field in table.schema if pa.types.is_nested(field.type)]
+    if nested:
+        raise SchemaError(url, f"columns {nested} hold lists or structures; expected one value a cell")
+    frame: pd.DataFrame = table.to_pandas(ignore_metadata=True).astype(object)
+    header = pd.DataFrame([table.column_names], columns=frame.columns)
+    return pd.concat([header, frame], ignore_index=True)
 
 
 def read_plate_map(url: str) -> pd.DataFrame:
@@ -367,7 +386,7 @@ def read_plate_map(url: str) -> pd.DataFrame:
         A data frame with the columns of :data:`PLATE_MAP`, a row a well.
 
     Raises:
-        SchemaError: naming the rows that are not usable and what they should say.
+        SchemaError: naming the lines that are not usable and what they should say.
     """
     frame = read_user_table(url)
     _require_columns(url, frame, ("plate", "well", "compound", "role"), PLATE_MAP)
@@ -375,27 +394,23 @@ def read_plate_map(url: str) -> pd.DataFrame:
         if column not in frame:
             frame[column] = frame["plate"] if column == "replicate" else None
     _require_filled(url, frame, ("plate", "well", "compound", "role", "replicate"))
-    unknown = sorted(set(frame["role"]) - set(ROLES))
-    if unknown:
-        raise SchemaError(url, f"role {unknown} unknown: expected one of {list(ROLES)}")
-    try:
-        frame["well"] = [canonical_well(well) for well in frame["well"]]
-        for plate in frame["plate"].unique():
+    _refuse(url, frame["role"], ~frame["role"].isin(ROLES), f"is unknown: expected one of {list(ROLES)}")
+    for line, plate, well in zip(frame.index + 1, frame["plate"], frame["well"], strict=True):
+        try:
             check_name(plate, "plate")
-    except InputError as error:
-        raise SchemaError(url, str(error)) from error
-    try:
-        frame["concentration"] = pd.to_numeric(frame["concentration"]).astype(float)
-    except ValueError as error:
-        raise SchemaError(url, f"concentration must be a number or empty: {error}") from error
-    doubled = frame[frame.duplicated(["plate", "well"])]
-    if len(doubled):
-        raise SchemaError(
-            url, f"well {doubled.iloc[0]['plate']}/{doubled.iloc[0]['well']} stands there twice"
-        )
+            canonical_well(well)
+        except InputError as error:
+            raise SchemaError(url, f"line {line}: {error}") from error
+    frame["well"] = frame["well"].map(canonical_well)
+    concentration = pd.to_numeric(frame["concentration"], errors="coerce").astype(float)
+    wrong = frame["concentration"].notna() & ~np.isfinite(concentration)
+    _refuse(url, frame["concentration"], wrong, "is not a number: expected one, or nothing")
+    frame["concentration"] = concentration
+    keys = (frame["plate"] + "/" + frame["well"]).rename("well")
+    _refuse(url, keys, keys.duplicated(), "stands there more than once")
     if frame.empty:
         raise SchemaError(url, "holds no wells")
-    columns = frame[PLATE_MAP.schema.names]
+    columns: pd.DataFrame = frame[PLATE_MAP.schema.names]
     return columns.sort_values(["plate", "well"], ignore_index=True)
 
 
@@ -411,15 +426,12 @@ def read_compounds(url: str) -> pd.DataFrame:
         if column not in frame:
             frame[column] = None
     _require_filled(url, frame, ("compound",))
-    doubled = sorted(set(frame["compound"][frame["compound"].duplicated()]))
-    if doubled:
-        raise SchemaError(url, f"compounds {doubled[:5]} stand there more than once")
-    return frame[COMPOUNDS.schema.names].sort_values("compound", ignore_index=True)
+    _refuse(url, frame["compound"], frame["compound"].duplicated(), "stands there more than once")
+    columns: pd.DataFrame = frame[COMPOUNDS.schema.names]
+    return columns.sort_values("compound", ignore_index=True)
 
 
-def _require_columns(
-    url: str, frame: pd.DataFrame, columns: tuple[str, ...], form: TableForm
-) -> None:
+def _require_columns(url: str, frame: pd.DataFrame, columns: tuple[str, ...], form: TableForm) -> None:
     missing = [column for column in columns if column not in frame]
     if missing:
         raise SchemaError(
@@ -430,8 +442,16 @@ def _require_columns(
 
 def _require_filled(url: str, frame: pd.DataFrame, columns: tuple[str, ...]) -> None:
     for column in columns:
-        empty = [int(row) for row in frame.index[frame[column].isna()]]
-        if empty:
-            # +2: the header is line 1 and rows are counted from 1 where users look.
-            lines = [row + 2 for row in empty[:5]]
-            raise SchemaError(url, f"column {column!r} is empty in line(s) {lines}")
+        empty = frame.index[frame[column].isna()]
+        if len(empty):
+            raise SchemaError(url, f"column {column!r} is empty in line(s) {_lines(empty)}")
+
+
+def _refuse(url: str, column: pd.Series[str], wrong: pd.Series[bool], problem: str) -> None:
+    if wrong.any():
+        values = sorted(set(column[wrong]))[:5]
+        raise SchemaError(url, f"line(s) {_lines(column.index[wrong])}: {column.name} {values} {problem}")
+
+
+def _lines(rows: pd.Index[int]) -> list[int]:
+    return [int(row) + 1 for row in rows[:5]]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -55,28 +55,26 @@ class Truth:
         bad_frames: dict[str, list[int]],
     ) -> None:
         """Write a well's truth, atomically: by site, nuclei and cells, divisions, and frames out of focus."""
-        sink = io.BytesIO()
-        fields: dict[str, NDArray[np.int32] | NDArray[np.int64]] = {}
+        fields: dict[str, NDArray[Any]] = {}
         for site, (nuclei, cells) in labels.items():
             fields[f"{site}/nuclei"], fields[f"{site}/cells"] = nuclei, cells
             links = parents[site][["track", "parent", "frame"]]
             fields[f"{site}/parents"] = links.to_numpy(np.int64).reshape(-1, 3)
             fields[f"{site}/bad_frames"] = np.array(bad_frames[site], np.int64)
-        np.savez_compressed(sink, **fields)  # type: ignore[arg-type]
-        store.write_bytes(self._path(well), sink.getvalue())
+        store.write_npz(self._path(well), fields)
 
     def read(self, well: WellKey, site: str) -> SiteTruth:
         """The truth about a site.
 
         Raises:
-            SchemaError: if there is none.
+            SchemaError: if there is none, or its file is truncated.
         """
         path = self._path(well)
-        with np.load(io.BytesIO(store.read_bytes(path)), allow_pickle=False) as stored:
-            names = [f"{site}/{part}" for part in ("nuclei", "cells", "parents", "bad_frames")]
-            if not all(name in stored for name in names):
-                raise SchemaError(path, f"has no site {site!r}")
-            nuclei, cells, parents, bad_frames = (stored[name] for name in names)
+        stored = store.read_npz(path)
+        names = [f"{site}/{part}" for part in ("nuclei", "cells", "parents", "bad_frames")]
+        if not all(name in stored for name in names):
+            raise SchemaError(path, f"has no site {site!r}")
+        nuclei, cells, parents, bad_frames = (stored[name] for name in names)
         return SiteTruth(nuclei, cells, parents, bad_frames)
 
     def _path(self, well: WellKey) -> str:

@@ -9,12 +9,8 @@ import torch
 
 from screening.augmentation import AugmentConfig, augment
 
-needs_torchvision = pytest.mark.skipif(
-    find_spec("torchvision") is None, reason="torchvision is not installed"
-)
-OFF = AugmentConfig(
-    rotation=0, min_scale=1, max_scale=1, flip=False, shift=0, brightness=0, blur_probability=0
-)
+needs_torchvision = pytest.mark.skipif(find_spec("torchvision") is None, reason="torchvision is not installed")
+OFF = AugmentConfig(rotation=0, min_scale=1, max_scale=1, flip=False, shift=0, brightness=0, blur_probability=0)
 
 
 def noise(n: int = 6, t: int = 3, size: int = 32) -> torch.Tensor:
@@ -59,11 +55,7 @@ def test_flips_go_both_ways_and_are_exact() -> None:
     changed = run(clips, OFF.model_copy(update={"flip": True}))
     seen = set()
     for before, after in zip(clips, changed, strict=True):
-        kinds = [
-            dims
-            for dims in ((), (2,), (3,), (2, 3))
-            if torch.equal(after, before.flip(dims) if dims else before)
-        ]
+        kinds = [dims for dims in ((), (2,), (3,), (2, 3)) if torch.equal(after, before.flip(dims) if dims else before)]
         assert len(kinds) == 1
         seen.add(kinds[0])
     assert seen == {(), (2,), (3,), (2, 3)}
@@ -73,9 +65,7 @@ def test_flips_go_both_ways_and_are_exact() -> None:
 def test_rotation_keeps_lengths_whatever_the_shape(size: tuple[int, int]) -> None:
     # A disc stays a disc of the same area and place, however it is turned.
     h, w = size
-    y, x = torch.meshgrid(
-        torch.arange(h) - (h - 1) / 2, torch.arange(w) - (w - 1) / 2, indexing="ij"
-    )
+    y, x = torch.meshgrid(torch.arange(h) - (h - 1) / 2, torch.arange(w) - (w - 1) / 2, indexing="ij")
     disc = (200 * torch.sigmoid(2 * (8 - torch.hypot(y, x)))).round().to(torch.uint8)
     clips = disc.expand(8, 1, 2, h, w)
     changed = run(clips, OFF.model_copy(update={"rotation": 180.0, "padding": "zeros"}))

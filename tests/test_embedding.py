@@ -32,9 +32,9 @@ def test_embeddings_are_those_of_each_clip_alone(network: I3DResNet) -> None:
     found = embed(network, clips(), NORMALISATION, FRAMES, batch_size=3)
     assert found.dtype == np.float32
     assert found.shape == (7, network.embedding_dim)
-    x = (
-        torch.from_numpy(clips()) / 255 - torch.tensor([0.4, 0.5]).reshape(2, 1, 1, 1)
-    ) / torch.tensor([0.2, 0.3]).reshape(2, 1, 1, 1)
+    x = (torch.from_numpy(clips()) / 255 - torch.tensor([0.4, 0.5]).reshape(2, 1, 1, 1)) / torch.tensor(
+        [0.2, 0.3]
+    ).reshape(2, 1, 1, 1)
     with torch.no_grad():
         for i in range(7):
             _, expected = network.eval()(x[i : i + 1])
@@ -50,9 +50,7 @@ def test_tensors_and_arrays_give_the_same(network: I3DResNet) -> None:
 def test_only_the_frames_asked_for_count(network: I3DResNet) -> None:
     other = clips()
     other[:, :, :3] = 0
-    assert np.array_equal(
-        embed(network, clips(), NORMALISATION, [3]), embed(network, other, NORMALISATION, [3])
-    )
+    assert np.array_equal(embed(network, clips(), NORMALISATION, [3]), embed(network, other, NORMALISATION, [3]))
 
 
 def test_embedding_leaves_the_weights_and_statistics(network: I3DResNet) -> None:

@@ -25,9 +25,7 @@ def final_map(network: I3DResNet, x: torch.Tensor) -> torch.Size:
 @pytest.mark.parametrize(("depth", "expected"), [(18, 33_050_598), (50, 46_280_934)])
 def test_number_of_parameters_is_the_published_one(depth: int, expected: int) -> None:
     with torch.device("meta"):  # counted, not allocated
-        network = I3DResNet(
-            ModelConfig.model_validate({"depth": depth}), in_channels=3, n_classes=38
-        )
+        network = I3DResNet(ModelConfig.model_validate({"depth": depth}), in_channels=3, n_classes=38)
     assert sum(p.numel() for p in network.parameters()) == expected
 
 
@@ -35,9 +33,7 @@ def test_number_of_parameters_is_the_published_one(depth: int, expected: int) ->
     ("temporal", "frames", "expected"),
     [("retain", 16, (4, 4, 4)), ("standard", 16, (1, 4, 4)), ("image", 1, (1, 4, 4))],
 )
-def test_time_and_space_left_before_pooling(
-    temporal: str, frames: int, expected: tuple[int, ...]
-) -> None:
+def test_time_and_space_left_before_pooling(temporal: str, frames: int, expected: tuple[int, ...]) -> None:
     network = I3DResNet(small(temporal=temporal), in_channels=3, n_classes=5)
     assert final_map(network, torch.zeros(1, 3, frames, 112, 112))[2:] == expected
 
@@ -94,9 +90,7 @@ def test_shortcut_a_is_a_strided_average_pool_and_zero_channels() -> None:
 @pytest.mark.parametrize(
     ("depth", "shortcut", "projections"), [(18, None, 0), (18, "B", 3), (50, None, 4), (50, "A", 0)]
 )
-def test_shortcut_follows_the_choice_or_the_blocks(
-    depth: int, shortcut: str | None, projections: int
-) -> None:
+def test_shortcut_follows_the_choice_or_the_blocks(depth: int, shortcut: str | None, projections: int) -> None:
     with torch.device("meta"):
         network = I3DResNet(small(depth=depth, shortcut=shortcut), in_channels=3, n_classes=2)
     names = [name for name, _ in network.named_parameters() if name.endswith("downsample.0.weight")]

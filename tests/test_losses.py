@@ -14,16 +14,8 @@ from screening.losses import batch_hard_triplet_loss, center_loss
 def looped_triplet(embedding: np.ndarray, label: np.ndarray, margin: float) -> float:
     losses = []
     for i in range(len(label)):
-        positive = max(
-            np.linalg.norm(embedding[i] - embedding[j])
-            for j in range(len(label))
-            if label[j] == label[i]
-        )
-        negatives = [
-            np.linalg.norm(embedding[i] - embedding[j])
-            for j in range(len(label))
-            if label[j] != label[i]
-        ]
+        positive = max(np.linalg.norm(embedding[i] - embedding[j]) for j in range(len(label)) if label[j] == label[i])
+        negatives = [np.linalg.norm(embedding[i] - embedding[j]) for j in range(len(label)) if label[j] != label[i]]
         losses.append(max(0.0, margin + positive - min(negatives)))
     return float(np.mean(losses))
 
@@ -49,9 +41,7 @@ def test_triplet_equals_the_loop(n: int, d: int, identities: int, margin: float,
     label = rng.integers(0, identities, n)
     label[:2] = 0, 1  # at least two
     loss = batch_hard_triplet_loss(torch.tensor(embedding), torch.tensor(label), margin)
-    assert float(loss) == pytest.approx(
-        looped_triplet(embedding, label, margin), rel=1e-9, abs=1e-12
-    )
+    assert float(loss) == pytest.approx(looped_triplet(embedding, label, margin), rel=1e-9, abs=1e-12)
 
 
 def test_triplet_gradient_is_that_of_the_mined_pairs() -> None:

@@ -18,9 +18,7 @@ from storage_schemas.errors import InputError
     k=st.integers(2, 5),
     seed=st.integers(0, 1000),
 )
-def test_every_batch_is_p_groups_of_one_identity(
-    counts: list[int], p: int, k: int, seed: int
-) -> None:
+def test_every_batch_is_p_groups_of_one_identity(counts: list[int], p: int, k: int, seed: int) -> None:
     labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)) * 7, counts))
     batches = pk_batches(labels, p, k, np.random.default_rng(seed))
     assert batches.dtype == np.int64
@@ -36,9 +34,7 @@ def test_every_batch_is_p_groups_of_one_identity(
 
 @settings(max_examples=50, deadline=None)
 @given(count=st.integers(4, 50), identities=st.integers(4, 12), seed=st.integers(0, 1000))
-def test_an_epoch_of_equal_identities_visits_every_clip(
-    count: int, identities: int, seed: int
-) -> None:
+def test_an_epoch_of_equal_identities_visits_every_clip(count: int, identities: int, seed: int) -> None:
     labels = np.repeat(np.arange(identities), count)
     batches = pk_batches(labels, 4, 4, np.random.default_rng(seed))
     visits = np.bincount(batches.ravel(), minlength=len(labels))
@@ -56,9 +52,7 @@ def test_a_rare_identity_is_seen_more_often_and_a_common_one_less() -> None:
 
 def test_the_draw_follows_the_generator_alone() -> None:
     labels = np.arange(60) % 7
-    first, again, other = (
-        pk_batches(labels, 4, 3, np.random.default_rng(seed)) for seed in (1, 1, 2)
-    )
+    first, again, other = (pk_batches(labels, 4, 3, np.random.default_rng(seed)) for seed in (1, 1, 2))
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
 

@@ -11,15 +11,11 @@ from screening.splits import SPLITS, Split, SplitConfig, check_leaks, split
 from storage_schemas.errors import InputError
 
 
-def screen(
-    moas: dict[str | None, int], replicates: int = 3, controls: int = 2
-) -> tuple[pd.DataFrame, pd.DataFrame]:
+def screen(moas: dict[str | None, int], replicates: int = 3, controls: int = 2) -> tuple[pd.DataFrame, pd.DataFrame]:
     names = [(f"{moa}-{i}", moa) for moa, n in moas.items() for i in range(n)]
     rows = []
     for replicate in range(1, replicates + 1):
-        roles = [(name, "treatment") for name, _ in names] + [
-            ("DMSO", "negative_control")
-        ] * controls
+        roles = [(name, "treatment") for name, _ in names] + [("DMSO", "negative_control")] * controls
         for i, (name, role) in enumerate(roles):
             rows.append((f"plate{replicate}", f"A{i + 1:02d}", name, role, str(replicate)))
     plate_map = pd.DataFrame(rows, columns=["plate", "well", "compound", "role", "replicate"])
@@ -27,9 +23,7 @@ def screen(
     return plate_map, compounds
 
 
-def run(
-    moas: dict[str | None, int], seed: int = 0, config: SplitConfig | None = None, **form: int
-) -> Split:
+def run(moas: dict[str | None, int], seed: int = 0, config: SplitConfig | None = None, **form: int) -> Split:
     return split(*screen(moas, **form), config or SplitConfig(), seed)
 
 
@@ -88,9 +82,7 @@ def test_the_draw_follows_the_seed_and_not_the_order_of_rows() -> None:
         plate_map.sample(frac=1, random_state=0), compounds.iloc[::-1], SplitConfig(), 1
     ).table.sort_index()
     pd.testing.assert_frame_equal(first, shuffled)
-    assert any(
-        not first.equals(split(plate_map, compounds, SplitConfig(), seed).table) for seed in (2, 3)
-    )
+    assert any(not first.equals(split(plate_map, compounds, SplitConfig(), seed).table) for seed in (2, 3))
 
 
 def test_the_last_replicate_is_the_last_by_number() -> None:

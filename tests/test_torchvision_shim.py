@@ -10,9 +10,7 @@ import pytest
 
 from screening.torchvision_shim import import_torchvision
 
-pytestmark = pytest.mark.skipif(
-    find_spec("torchvision") is None, reason="torchvision is not installed"
-)
+pytestmark = pytest.mark.skipif(find_spec("torchvision") is None, reason="torchvision is not installed")
 
 SCRIPT = """
 import sys
@@ -31,9 +29,7 @@ with torch.device("meta"):
 
 
 def test_transforms_and_models_work_in_a_fresh_process() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=120, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
 
 

@@ -30,9 +30,7 @@ NORMALISATION = Normalisation(mean=(0.5, 0.5), std=(0.3, 0.3))
 N_CLASSES = 3
 
 
-def make(
-    config: TrainConfig | None = None, seed: int = 0, model: ModelConfig = MODEL, **more: object
-) -> TrainingState:
+def make(config: TrainConfig | None = None, seed: int = 0, model: ModelConfig = MODEL, **more: object) -> TrainingState:
     arguments: dict[str, object] = {"n_classes": N_CLASSES, "steps_per_epoch": 3, **more}
     config = config or TrainConfig(epochs=4)
     return TrainingState.make(model, config, NORMALISATION, seed=seed, **arguments)  # type: ignore[arg-type]
@@ -62,12 +60,8 @@ def saved_and_loaded(state: TrainingState) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("optimizer", [SGD(lr=0.01), AdamW()], ids=["sgd", "adamw"])
-@pytest.mark.parametrize(
-    "schedule", [CosineSchedule(), PlateauSchedule(patience=0)], ids=["cosine", "plateau"]
-)
-def test_resume_is_exact(
-    optimizer: SGD | AdamW, schedule: CosineSchedule | PlateauSchedule
-) -> None:
+@pytest.mark.parametrize("schedule", [CosineSchedule(), PlateauSchedule(patience=0)], ids=["cosine", "plateau"])
+def test_resume_is_exact(optimizer: SGD | AdamW, schedule: CosineSchedule | PlateauSchedule) -> None:
     config = TrainConfig(epochs=4, optimizer=optimizer, schedule=schedule)
     metrics = (0.5, 0.4, 0.3, 0.45)
     whole = make(config)
@@ -100,9 +94,7 @@ def moving_blobs(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     label = rng.integers(0, 3, n)
     time = np.linspace(0, 1, 4)
-    curves = (
-        np.stack([1 - np.exp(-8 * time), time, time**4]) / np.array([1 - np.exp(-8), 1, 1])[:, None]
-    )
+    curves = np.stack([1 - np.exp(-8 * time), time, time**4]) / np.array([1 - np.exp(-8), 1, 1])[:, None]
     y, x = np.mgrid[:16, :16]
     center = rng.uniform(5, 10, (n, 2, 1, 1))
     spot = np.exp(-((y - center[:, 0]) ** 2 + (x - center[:, 1]) ** 2) / 18)
@@ -162,17 +154,13 @@ def test_centers_move_at_their_own_rate_whatever_the_weight() -> None:
 
 
 def test_cosine_schedule_warms_up_and_comes_down() -> None:
-    config = TrainConfig(
-        epochs=4, optimizer=AdamW(lr=1.0), schedule=CosineSchedule(warmup_epochs=1, floor=0.1)
-    )
+    config = TrainConfig(epochs=4, optimizer=AdamW(lr=1.0), schedule=CosineSchedule(warmup_epochs=1, floor=0.1))
     state = make(config)
     rates = []
     while not state.finished:
         rates += [state.step(*batch(i))["lr"] for i in range(3)]
         state.end_epoch(None)
-    expected = [1 / 4, 2 / 4, 3 / 4] + [
-        0.1 + 0.9 * (1 + math.cos(math.pi * i / 9)) / 2 for i in range(9)
-    ]
+    expected = [1 / 4, 2 / 4, 3 / 4] + [0.1 + 0.9 * (1 + math.cos(math.pi * i / 9)) / 2 for i in range(9)]
     assert rates == pytest.approx(expected)
 
 

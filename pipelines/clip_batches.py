@@ -1,0 +1,126 @@
+"""Batches of clips for training: which clips there are, and the actor that reads and augments them.
+
+Apart from `train`, so that readers start without Ray Train.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from pipelines.inputs import well_keys
+from screening.augmentation import AugmentConfig, augment
+from storage_schemas.clips import read_clips
+from storage_schemas.screen import Screen
+from storage_schemas.tables import CELLS, open_table
+
+
+@dataclass(frozen=True)
+class ClipTable:
+    """Clips and what each is called, a position a clip in all of them.
+
+    Attributes:
+        url: (n,) of the clip's array.
+        clip: (n,) position in that array.
+        label: (n,) class, -1 for a clip of no class.
+        name: (n,) text form of the cell's key, for messages.
+    """
+
+    url: np.ndarray[Any, Any]
+    clip: np.ndarray[Any, Any]
+    label: np.ndarray[Any, Any]
+    name: np.ndarray[Any, Any]
+
+    def take(self, positions: np.ndarray[Any, Any]) -> ClipTable:
+        """Those clips, in that order."""
+        return ClipTable(*(column[positions] for column in vars(self).values()))
+
+    def read(self, cache: ClipCache | None = None) -> np.ndarray[Any, Any]:
+        """The clips' pixels, (n, C, T, H, W) uint8, n at least 1; each array that is not cached is opened once."""
+        found = {} if cache is None else cache.get(self)
+        left = np.array([i for i in range(len(self.clip)) if i not in found], np.int64)
+        order = left[np.argsort(self.url[left], kind="stable")]
+        urls, starts = np.unique(self.url[order], return_index=True)
+        for url, places in zip(urls, np.split(order, starts[1:]) if len(urls) else [], strict=True):
+            found.update(zip(places.tolist(), read_clips(url, self.clip[places].tolist()), strict=True))
+        if cache is not None:
+            cache.put(self, found)
+        return np.stack([found[i] for i in range(len(self.clip))])
+
+
+class ClipCache:
+    """Clips kept as they are read, until there is no more room; none is dropped, so memory has a bound.
+
+    Opening an array and reading one clip of it costs some ten times what the clip's decoding does.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._room = max_bytes
+        self._kept: dict[tuple[str, int], np.ndarray[Any, Any]] = {}
+
+    def get(self, clips: ClipTable) -> dict[int, np.ndarray[Any, Any]]:
+        """Position in the table -> pixels, of the clips that are kept."""
+        keys = zip(clips.url, clips.clip.tolist(), strict=True)
+        return {i: self._kept[key] for i, key in enumerate(keys) if key in self._kept}
+
+    def put(self, clips: ClipTable, pixels: dict[int, np.ndarray[Any, Any]]) -> None:
+        """Keep as many as there is room for."""
+        for i, clip in pixels.items():
+            key = (clips.url[i], int(clips.clip[i]))
+            if key not in self._kept and clip.nbytes <= self._room:
+                self._room -= clip.nbytes
+                self._kept[key] = clip.copy()
+
+
+def clip_table(screen: Screen, wells: pd.DataFrame) -> ClipTable:
+    """The clips of some wells (columns plate, well and label), those of failed wells left out."""
+    done = screen.done_units("segment")
+    urls: list[str] = []
+    clips: list[int] = []
+    labels: list[int] = []
+    names: list[str] = []
+    for key, label in zip(well_keys(wells), wells["label"].astype("Int64").fillna(-1), strict=True):
+        if key not in done:
+            continue
+        cells = open_table(screen.cells(key), CELLS, ["site", "track", "clip"]).to_pandas()
+        cells = cells[cells["clip"].notna()]
+        urls += [screen.clips(key)] * len(cells)
+        clips += cells["clip"].astype(int).tolist()
+        labels += [int(label)] * len(cells)
+        names += [f"{key}/{site}/{track}" for site, track in zip(cells["site"], cells["track"], strict=True)]
+    return ClipTable(
+        np.array(urls, object), np.array(clips, np.int64), np.array(labels, np.int64), np.array(names, object)
+    )
+
+
+class BatchReader:
+    """Reads the clips of one row of an index table, and augments those for training."""
+
+    def __init__(self, sources: Mapping[str, ClipTable], config: AugmentConfig, cache_bytes: int) -> None:
+        # Its share of the machine is a fraction of a core; more threads would take them from the training step.
+        torch.set_num_threads(1)
+        self._sources = sources
+        self._config = config
+        self._cache = ClipCache(cache_bytes)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Read one batch.
+
+        Args:
+            row: ``kind`` (which source), ``positions`` in it, and the ``seed`` of the augmentation of kind ``train``.
+
+        Returns:
+            kind, clips (n, C, T, H, W) uint8, label (n,) and name (n strings).
+        """
+        picked = self._sources[row["kind"]].take(np.asarray(row["positions"], np.int64))
+        pixels = picked.read(self._cache)
+        if row["kind"] == "train":
+            seed = np.random.SeedSequence([int(part) for part in row["seed"]])
+            generator = torch.Generator().manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
+            pixels = augment(torch.from_numpy(pixels), self._config, generator).numpy()
+        return {"kind": row["kind"], "clips": pixels, "label": picked.label, "name": picked.name.tolist()}
