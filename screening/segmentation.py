@@ -99,9 +99,11 @@ def segment_nuclei(image: npt.NDArray[Any], config: NucleiConfig = NucleiConfig(
     if plane is None:
         return np.zeros(image.shape, np.int32)
     plane = _without_glare(plane)
-    # Where nuclei are so few that the histogram is all noise, Otsu's threshold splits the noise, whose parts are
-    # then refused as such, and only what stands clear of the noise is looked at.
+    # Where the histogram is all noise or haze, Otsu's threshold splits that, and the parts are refused; then only
+    # what stands clear of the noise of the flattened image is looked at.
     for sparse in (False, True):
+        if sparse:
+            plane = plane - _haze(plane)
         diameter, smooth, mask = _foreground(plane, config, sparse)
         if mask.any() and not mask.all():
             excess = smooth - _background(smooth, mask, diameter)
@@ -222,7 +224,7 @@ def _typical_diameter(mask: Mask) -> float:
 def _compress(plane: Plane, dim_weight: float) -> Plane:
     """Brightness over the background on a scale that is linear for dim and logarithmic for bright pixels.
 
-    On it a nucleus a fifth as bright as another is still nearer to it than to the background.
+    On it a nucleus a third as bright as another is still nearer to it than to the background.
     """
     floor = float(np.percentile(plane, 1))
     bright = _bright_level(plane)
@@ -264,6 +266,14 @@ def _otsu(plane: Plane) -> float:
     with np.errstate(divide="ignore", invalid="ignore"):
         between = below * above * (total / below - (total[-1] - total) / above) ** 2
     return float(centres[np.nanargmax(between)])
+
+
+def _haze(plane: Plane) -> Plane:
+    """The image as it varies over an eighth of the field and more."""
+    width, height = plane.shape[::-1]
+    size = (min(64, width), min(64, height))
+    coarse = cast(Plane, cv2.resize(plane, size, interpolation=cv2.INTER_AREA))
+    return cast(Plane, cv2.resize(_blur(coarse, 8), (width, height), interpolation=cv2.INTER_LINEAR))
 
 
 def _background(smooth: Plane, mask: Mask, diameter: float) -> Plane:

@@ -57,7 +57,9 @@ def write_checkpoint(
 ) -> None:
     """Write a checkpoint folder; its manifest comes last and makes it whole."""
     store.remove(store.join(url, "manifest.json"))
-    store.write_bytes(store.join(url, "model.safetensors"), save(weights))
+    # `save` takes an array's memory as it lies, which for a strided one is in another order.
+    contiguous = {name: np.asarray(array, order="C") for name, array in weights.items()}
+    store.write_bytes(store.join(url, "model.safetensors"), save(contiguous))
     if training is None:
         # An older one would not belong to these weights.
         store.remove(store.join(url, "training.pt"))

@@ -33,7 +33,7 @@ def write_clips(url: str, clips: NDArray[np.uint8], channels: Sequence[str], fra
         chunks=(1, *clips.shape[1:]),
         shards=(min(SHARD_CLIPS, len(clips)), *clips.shape[1:]) if len(clips) else None,
         dtype="uint8",
-        compressors=arrays.COMPRESSOR,
+        compressors=arrays.COMPRESSORS,
         dimension_names=["n", "c", "t", "y", "x"],
         attributes={
             "screening": {

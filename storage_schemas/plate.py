@@ -294,7 +294,7 @@ def write_labels(image_url: str, labels: dict[str, NDArray[np.int32]]) -> None:
             attributes=_wrapped(document, zarr_format),
         )
         kwargs: dict[str, Any] = (
-            {"dimension_names": list("tyx"), "compressors": arrays.COMPRESSOR}
+            {"dimension_names": list("tyx"), "compressors": arrays.COMPRESSORS}
             if zarr_format == 3
             else {"chunk_key_encoding": {"name": "v2", "separator": "/"}}
         )
@@ -364,7 +364,7 @@ def _write_image(
             chunks=(1, 1, *level.shape[2:]),
             shards=(1, *level.shape[1:]),
             dtype=level.dtype,
-            compressors=arrays.COMPRESSOR,
+            compressors=arrays.COMPRESSORS,
             dimension_names=list("tcyx"),
         )
         array[...] = level

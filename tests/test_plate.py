@@ -534,12 +534,14 @@ def test_a_plate_without_a_name_is_called_like_its_folder(tmp_path: Path) -> Non
 # --- faults ----------------------------------------------------------------------------------
 
 
-def test_a_truncated_chunk_is_an_error_that_names_the_array(tmp_path: Path) -> None:
+def test_a_truncated_or_altered_chunk_is_an_error_that_names_the_array(tmp_path: Path) -> None:
     small_plate(str(tmp_path))
     chunk = next(p for p in (tmp_path / "B/02/0/0/c/1").rglob("*") if p.is_file())
     whole = chunk.read_bytes()
-    for length in (0, 1, len(whole) // 2, len(whole) - 1):
-        chunk.write_bytes(whole[:length])
+    flipped = bytearray(whole)
+    flipped[len(whole) // 3] ^= 1
+    for data in (whole[:1], whole[: len(whole) // 2], whole[:-1], bytes(flipped)):
+        chunk.write_bytes(data)
         image = open_site(str(tmp_path / "B/02/0"))
         with pytest.raises(SchemaError, match="truncated, corrupt or unreachable") as caught:
             image.read()
@@ -551,19 +553,22 @@ def test_a_truncated_chunk_of_labels_is_an_error(tmp_path: Path) -> None:
     small_plate(str(tmp_path))
     write_labels(str(tmp_path / "B/02/0"), {"nuclei": stack_of((3, 20, 24), "int32")})
     chunk = next(p for p in (tmp_path / "B/02/0/labels/nuclei/0/c").rglob("*") if p.is_file())
-    chunk.write_bytes(chunk.read_bytes()[:-3])
-    with pytest.raises(SchemaError, match="labels/nuclei/0"):
-        open_labels(str(tmp_path / "B/02/0"), "nuclei")
+    whole = chunk.read_bytes()
+    for cut in (1, 2, 3, 5, len(whole) // 2, len(whole)):
+        chunk.write_bytes(whole[:-cut])
+        with pytest.raises(SchemaError, match="labels/nuclei/0"):
+            open_labels(str(tmp_path / "B/02/0"), "nuclei")
 
 
-def test_a_deleted_chunk_reads_as_zeros(tmp_path: Path) -> None:
-    """Zarr leaves chunks of fill value out, so a lost file cannot be told from black pixels: frames of zeros are for
-    the quality measures to flag."""
+def test_a_deleted_or_empty_shard_reads_as_zeros(tmp_path: Path) -> None:
+    """Zarr leaves chunks of fill value out, so a lost or empty file cannot be told from black pixels: frames of zeros
+    are for the quality measures to flag."""
     stacks = small_plate(str(tmp_path))
     shutil.rmtree(tmp_path / "B/02/0/0/c/1")
+    next(p for p in (tmp_path / "B/02/0/0/c/2").rglob("*") if p.is_file()).write_bytes(b"")
     back = open_site(str(tmp_path / "B/02/0")).read()
-    assert not back[1].any()
-    np.testing.assert_array_equal(back[[0, 2]], stacks["0"][[0, 2]])
+    assert not back[1:].any()
+    np.testing.assert_array_equal(back[0], stacks["0"][0])
 
 
 def test_an_interrupted_well_is_not_in_the_plate_and_can_be_written_again(

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import permutations
+from itertools import pairwise, permutations
 from pathlib import Path
 from typing import Any
 
@@ -127,9 +127,7 @@ def test_takes_out_the_common_drift(max_drift: float) -> None:
     shift = np.array([0.0, 12.0])
     corners = np.stack(np.meshgrid(np.arange(8), np.arange(8)), -1).reshape(-1, 2) * 21.0 + 12
     corners += rng.uniform(-4, 4, corners.shape)
-    frames = [
-        {k + 1: (y, x, 8) for k, (y, x) in enumerate(corners + t * shift) if x < 230} for t in range(4)
-    ]
+    frames = [{k + 1: (y, x, 8) for k, (y, x) in enumerate(corners + t * shift) if x < 230} for t in range(4)]
     movie = draw(frames, (180, 240))
     diameter = 17.0
     drift = estimate_drift(movie[0], movie[1], diameter, max_drift)
@@ -254,7 +252,7 @@ def test_real_tracks(real_data: Path) -> None:
 def test_real_drift(real_data: Path) -> None:
     """The foregrounds of neighbouring frames fit best when moved by about 16 px, in each of the five pairs."""
     pages = cv2.imreadmulti(str(real_data / "nuclei_tracks" / "example_label.tif"), flags=cv2.IMREAD_UNCHANGED)[1]
-    drifts = np.array([estimate_drift(a, b, 21.0, 1.5) for a, b in zip(pages[:-1], pages[1:], strict=True)])
+    drifts = np.array([estimate_drift(a, b, 21.0, 1.5) for a, b in pairwise(pages)])
     np.testing.assert_allclose(drifts[:, 0], -16, atol=3)
     np.testing.assert_allclose(drifts[:, 1], 0, atol=8)
 
