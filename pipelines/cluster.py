@@ -26,7 +26,8 @@ def cluster(resources: ResourcesConfig) -> Iterator[None]:
     # Ray's own bars would fight with ours, and one screen's stages are told apart by ours.
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    # Ray's core logs as an error what Ray Data's every actor pool does; what goes wrong is raised as well.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     common = {"logging_level": logging.ERROR, "log_to_driver": False}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**common)

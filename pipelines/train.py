@@ -94,7 +94,7 @@ def train(config: RunConfig, inputs: Inputs, screen: Screen, fingerprint: str) -
     workers = config.resources.train_workers
     if config.train.p % workers:
         raise ConfigError(f"train.p={config.train.p} identities cannot be shared by {workers} workers")
-    table, notes = split(inputs.plate_map, inputs.compounds, config.split, config.seed)
+    table, notes = split(inputs.plate_map, inputs.compounds, config.split, config.seed, config.train.label)
     check_leaks(table)
     write_table(screen.split, table, SPLIT, fingerprint)
 

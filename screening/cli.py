@@ -135,7 +135,7 @@ def ingest(
         str,
         typer.Option(
             help="Regular expression searched for in each path below SOURCE, with named groups: well, or row and "
-            "col; and any of site, time, channel, z.",
+            "column; and any of site, time, channel, z.",
         ),
     ] = ".*",
     well: Annotated[str | None, typer.Option(help="The well of all files, where names do not say it.")] = None,
@@ -333,4 +333,6 @@ def _evaluation_text(result: dict[str, Any]) -> str:
             for name, score in part.items():
                 if isinstance(score, dict) and "chance" in score:
                     rows.append({"held out": test, "among": contrast, "metric": name, **score})
-    return _text(pd.DataFrame(rows).rename(columns={"low": "95 % low", "high": "95 % high"}))
+    columns = {"value": "value", "low": "95 % low", "high": "95 % high", "chance": "chance"}
+    table = pd.DataFrame(rows).astype(dict.fromkeys(columns, float)).rename(columns=columns)
+    return _text(table[["held out", "among", "metric", *columns.values()]])

@@ -21,7 +21,7 @@ from storage_schemas.errors import InputError
 from storage_schemas.keys import canonical_well, check_name, split_well
 
 PLANE = ["well", "site", "time", "channel", "z"]
-GROUPS = ("plate", "row", "col", *PLANE)
+GROUPS = ("plate", "row", "column", *PLANE)
 
 # The largest plates made: 1536 wells are 32 rows (A..AF) of 48 columns.
 MAX_ROWS = 32
@@ -37,7 +37,7 @@ class PatternLayout(Config):
 
     pattern: str = Field(
         description="regular expression searched for in each file's path below the source folder "
-        "(parts joined by /), with named groups: well, or row and col; and any of site, time, "
+        "(parts joined by /), with named groups: well, or row and column; and any of site, time, "
         "channel, z, plate"
     )
     well: str | None = Field(
@@ -187,13 +187,13 @@ def _compile(layout: PatternLayout) -> re.Pattern[str]:
             f"pattern {layout.pattern!r}: unknown group {unknown!r}{hint}; "
             f"known are {', '.join(GROUPS)}"
         )
-    if ("row" in groups) != ("col" in groups):
-        raise InputError(f"pattern {layout.pattern!r}: the groups row and col go together")
+    if ("row" in groups) != ("column" in groups):
+        raise InputError(f"pattern {layout.pattern!r}: the groups row and column go together")
     ways = ("well" in groups) + ("row" in groups) + (layout.well is not None)
     if ways != 1:
         raise InputError(
             f"pattern {layout.pattern!r} with the fixed well {layout.well!r} tells the well in "
-            f"{ways} ways: exactly one is needed, a group well, groups row and col, or a fixed well"
+            f"{ways} ways: exactly one is needed, a group well, groups row and column, or a fixed well"
         )
     return pattern
 
@@ -218,8 +218,8 @@ def _well(said: dict[str, str], layout: PatternLayout) -> str:
         return checked_well(layout.well)
     if "well" in said:
         return checked_well(said["well"])
-    if "row" in said and "col" in said:
-        return well_name(said["row"], said["col"])
+    if "row" in said and "column" in said:
+        return well_name(said["row"], said["column"])
     raise InputError("the pattern matches but captures no well")
 
 

@@ -15,7 +15,7 @@ Validation compounds, from which the best epoch is chosen, are apart from both.
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -46,21 +46,28 @@ class Split(NamedTuple):
     notes: list[str]
 
 
-def split(plate_map: pd.DataFrame, compounds: pd.DataFrame, config: SplitConfig, seed: int) -> Split:
+def split(
+    plate_map: pd.DataFrame,
+    compounds: pd.DataFrame,
+    config: SplitConfig,
+    seed: int,
+    label: Literal["moa", "compound"] = "moa",
+) -> Split:
     """Divide a screen's wells.
 
     Of each MOA's compounds, at least one is trained on; with two or more at least one is for
     testing, with three or more at least one for validation (unless its share is 0). A compound
     keeps its place in all replicates, so the draw does not depend on the order of the tables.
     Negative controls of the training replicates are trained on, as a class of their own. Wells that
-    fit no question are ``unused``: compounds without a known MOA, and in the held-out replicate
-    negative controls and compounds that were not trained on.
+    fit no question are ``unused``: compounds without a known MOA (unless compounds are what is told
+    apart), and in the held-out replicate negative controls and compounds that were not trained on.
 
     Args:
         plate_map: a row a well: ``plate``, ``well``, ``compound``, ``role``, ``replicate``.
         compounds: a row a compound: ``compound``, ``moa`` (None or NaN: not known).
         config: how to divide.
         seed: of the draw.
+        label: what the network tells apart; as ``compound``, those without a known MOA are trained on.
 
     Returns:
         A table (``plate, well, compound, moa, role, replicate, split``; a row for each row of the
@@ -87,15 +94,16 @@ def split(plate_map: pd.DataFrame, compounds: pd.DataFrame, config: SplitConfig,
 
     known = table[(table["replicate"] != held_out) & ~is_control & table["moa"].notna()]
     place = _divide_compounds(known, config, np.random.default_rng(seed))
+    without_moa = "train" if label == "compound" else "unused"
 
     def part(compound: str, control: bool, replicate: str) -> str:
-        own = "train" if control else place.get(compound, "unused")
+        own = "train" if control else place.get(compound, without_moa)
         if replicate != held_out:
             return own
         return "test_replicate" if own == "train" and not control else "unused"
 
     table["split"] = [part(*well) for well in zip(table["compound"], is_control, table["replicate"], strict=True)]
-    return Split(table, _notes(table, held_out, config))
+    return Split(table, _notes(table, held_out, config, without_moa))
 
 
 def _divide_compounds(known: pd.DataFrame, config: SplitConfig, rng: np.random.Generator) -> dict[str, str]:
@@ -125,12 +133,13 @@ def _natural(text: str) -> list[tuple[bool, int, str]]:
     return [(p.isdigit(), int(p) if p.isdigit() else 0, p) for p in parts]
 
 
-def _notes(table: pd.DataFrame, held_out: str | None, config: SplitConfig) -> list[str]:
+def _notes(table: pd.DataFrame, held_out: str | None, config: SplitConfig, without_moa: str) -> list[str]:
     count = table["split"].value_counts()
     notes = []
     unknown = table["compound"][table["moa"].isna() & (table["role"] != "negative_control")]
     if len(unknown):
-        notes.append(f"{unknown.nunique()} compounds have no known MOA: they are embedded, not trained on.")
+        fate = "trained on, not tested" if without_moa == "train" else "embedded, not trained on"
+        notes.append(f"{unknown.nunique()} compounds have no known MOA: they are {fate}.")
     if held_out is not None:
         notes.append(f"Replicate {held_out} is held out: nothing in it is trained on.")
     elif config.hold_out_replicate:

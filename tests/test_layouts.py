@@ -111,7 +111,7 @@ def test_absent_groups_take_the_layout_s_values() -> None:
 
 
 def test_rows_and_columns_may_be_numbers() -> None:
-    layout = PatternLayout(pattern=r"r(?P<row>\d+)c(?P<col>\d+)f(?P<site>\d+)")
+    layout = PatternLayout(pattern=r"r(?P<row>\d+)c(?P<column>\d+)f(?P<site>\d+)")
     table = parse(["r02c11f01.tiff", "r02c02f01.tiff"], layout).table
     assert list(table["well"]) == ["B02", "B11"]
     assert list(table["site"]) == ["1", "1"]
@@ -129,10 +129,10 @@ def test_names_that_do_not_match_are_told() -> None:
     [
         (PatternLayout(pattern="(?P<well>"), "not a regular expression: .* at character"),
         (PatternLayout(pattern="(?P<well>B02)(?P<tiem>1)"), "'tiem' .did you mean 'time'"),
-        (PatternLayout(pattern="(?P<row>B)"), "row and col go together"),
+        (PatternLayout(pattern="(?P<row>B)"), "row and column go together"),
         (PatternLayout(pattern="(?P<site>1)"), "in 0 ways"),
         (PatternLayout(pattern="(?P<well>B02)", well="B02"), "in 2 ways"),
-        (PatternLayout(pattern="(?P<well>B02)(?P<row>B)(?P<col>2)"), "in 2 ways"),
+        (PatternLayout(pattern="(?P<well>B02)(?P<row>B)(?P<column>2)"), "in 2 ways"),
         (PatternLayout(pattern="(?P<well>C03)"), r"matches none of 1 .*'B02_1.tif'"),
         (PatternLayout(pattern="(?P<well>B02)(?P<time>_)"), "'B02_1.tif'.*'_'.*whole number"),
         (PatternLayout(pattern="(?P<well>B)"), "'B02_1.tif'.*well 'B'"),
