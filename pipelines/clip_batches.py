@@ -56,7 +56,7 @@ class ClipTable:
 class ClipCache:
     """Clips kept as they are read, until there is no more room; none is dropped, so memory has a bound.
 
-    Opening an array and reading one clip of it costs some ten times what the clip's decoding does.
+    A batch that is scattered over wells costs some hundred times as much from Zarr (benchmarks/clip_reading.py).
     """
 
     def __init__(self, max_bytes: int) -> None:

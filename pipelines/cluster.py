@@ -29,21 +29,35 @@ def cluster(resources: ResourcesConfig) -> Iterator[None]:
     # Ray's core logs as an error what Ray Data's every actor pool does; what goes wrong is raised as well.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     common = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**common)
-    else:
-        ray.init(
-            address="local",
-            num_cpus=resources.cpus,
-            object_store_memory=resources.object_store_mb * 2**20,
-            include_dashboard=False,
-            **common,
-        )
+    with _silenced_stderr():
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(**common)
+        else:
+            ray.init(
+                address="local",
+                num_cpus=resources.cpus,
+                object_store_memory=resources.object_store_mb * 2**20,
+                include_dashboard=False,
+                **common,
+            )
     quiet_ray_data()
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _silenced_stderr() -> Iterator[None]:
+    """Drop what Ray's core says of its own log settings; what goes wrong is raised, not only logged."""
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def quiet_ray_data() -> None:

@@ -132,7 +132,7 @@ def parse(document: Mapping[str, Any], source: str) -> RunConfig:
         ConfigError: naming every wrong key, with the nearest right one, and every wrong value.
     """
     try:
-        return RunConfig.model_validate(document)
+        return RunConfig.model_validate(_with_methods(document, RunConfig))
     except ValidationError as error:
         problems = "\n".join(f"  {_explain(entry)}" for entry in error.errors())
         raise ConfigError(f"{source}: the configuration is not usable:\n{problems}") from error
@@ -175,6 +175,21 @@ def _override(document: dict[str, Any], override: str) -> None:
         # Another choice of a union has other keys: what was set for the old one goes with it.
         node.clear()
     node[last] = value
+
+
+def _with_methods(node: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+    """Name the default's method in each union that names none, so that its keys can be set alone."""
+    filled = dict(node)
+    for name, field in model.model_fields.items():
+        value = filled.get(name)
+        if not isinstance(value, Mapping):
+            continue
+        members = _members(field.annotation)
+        if len(members) == 1:
+            filled[name] = _with_methods(value, members[0])
+        elif members:
+            filled[name] = {"method": _method(type(field.default)), **value}
+    return filled
 
 
 def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

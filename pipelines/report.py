@@ -46,7 +46,7 @@ def report(config: RunConfig, inputs: Inputs, screen: Screen, fingerprint: str) 
             "fingerprints": {name: record.fingerprint for name, record in manifest.stages.items()},
             "configuration": manifest.config,
         },
-        counts=stage_table(screen),
+        counts=stage_table(screen).query("stage != 'report'"),
         plate_maps=_plate_maps(screen, maps, keys),
         training=metrics.pivot(index="epoch", columns="name", values="value").reset_index(),
         embedding_map=_map(maps, keys, embeddings, rng),

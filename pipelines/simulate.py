@@ -46,7 +46,7 @@ def run_settings(config: SimulationConfig) -> dict[str, object]:
         },
         "model": {"depth": 10, "width": 16, "stem_frames": 3, "temporal": "standard"},
         "train": {
-            "epochs": 12,
+            "epochs": 10,
             "p": 9,
             "k": 4,
             "optimizer": {"method": "adamw", "lr": 0.005},

@@ -19,6 +19,8 @@ from storage_schemas.errors import InputError
 if TYPE_CHECKING:
     import pandas as pd
 
+    from storage_schemas.screen import Stage
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -59,6 +61,11 @@ SetOption = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, e.g. train.epochs=20."),
 ]
 FormatOption = Annotated[Format, typer.Option("--format", help="How to print the answer.")]
+ConfigArgument = Annotated[str, typer.Argument(help="The configuration (YAML).", show_default=False)]
+OutOption = Annotated[str, typer.Option(help="Folder or URL of the screen.", show_default=False)]
+UpdateOption = Annotated[
+    bool, typer.Option("--update", help="Accept a changed configuration; do again what depends on it.")
+]
 ScreenArgument = Annotated[str, typer.Argument(help="Folder or URL of a screen.", show_default=False)]
 
 
@@ -175,24 +182,43 @@ def ingest(
 
 @app.command()
 def run(
-    config: Annotated[str, typer.Argument(help="The configuration (YAML).", show_default=False)],
-    out: Annotated[str, typer.Option(help="Folder or URL of the screen.", show_default=False)],
+    config: ConfigArgument,
+    out: OutOption,
     settings: SetOption = None,
     stages: Annotated[
         str | None, typer.Option(help="Only these, with commas: segment,train,embed,index,evaluate,report.")
     ] = None,
-    update: Annotated[
-        bool, typer.Option("--update", help="Accept a changed configuration; do again what depends on it.")
-    ] = False,
+    update: UpdateOption = False,
 ) -> None:
     """Run a screen from plates to report, or go on where it was cut off."""
+    _run(config, out, settings, _stages(stages), update)
+
+
+def _run(config: str, out: str, settings: list[str] | None, stages: tuple[Stage, ...], update: bool) -> None:
     from pipelines.config import load
     from pipelines.run import run as run_screen
 
-    failed = run_screen(load(config, settings or ()), out, _stages(stages), update=update)
+    failed = run_screen(load(config, settings or ()), out, stages, update=update)
     typer.echo(f"{out}: done{f'; {failed} well(s) failed, see screening status {out}' if failed else ''}")
     if failed:
         raise typer.Exit(Exit.SOME_FAILED)
+
+
+def _stage_command(stage: Stage, what: str) -> None:
+    def command(
+        config: ConfigArgument, out: OutOption, settings: SetOption = None, update: UpdateOption = False
+    ) -> None:
+        _run(config, out, settings, (stage,), update)
+
+    app.command(stage, help=what, rich_help_panel="One stage of a run")(command)
+
+
+_stage_command("segment", "Plates in; labels, tracked cells, quality measures and clips out.")
+_stage_command("train", "Clips in; a network that embeds cells out.")
+_stage_command("embed", "Clips and network in; an embedding a cell out.")
+_stage_command("index", "Embeddings in; well and compound profiles and the similarity index out.")
+_stage_command("evaluate", "Embeddings in; the held-out tests out.")
+_stage_command("report", "All of it in; one HTML page out.")
 
 
 @app.command()
@@ -278,14 +304,14 @@ def config() -> None:
     typer.echo(commented_default(), nl=False)
 
 
-def _stages(text: str | None) -> tuple[Any, ...]:
+def _stages(text: str | None) -> tuple[Stage, ...]:
     from storage_schemas.screen import STAGES
 
-    chosen = text.split(",") if text else list(STAGES)
-    unknown = sorted(set(chosen) - set(STAGES))
+    wanted = set(text.split(",")) if text else set(STAGES)
+    unknown = sorted(wanted - set(STAGES))
     if unknown:
         raise typer.BadParameter(f"unknown {unknown}; there are {', '.join(STAGES)}", param_hint="--stages")
-    return tuple(chosen)
+    return tuple(stage for stage in STAGES if stage in wanted)
 
 
 def _print(table: pd.DataFrame, output: Format) -> None:

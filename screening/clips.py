@@ -42,24 +42,20 @@ _SOFT_MASK = 11  # px, side of the mean that softens masks, MitoReID's
 class FixedWindow(Config):
     """Every cell is seen at one magnification: size is information."""
 
-    method: Literal["fixed"] = "fixed"
+    method: Literal["fixed"] = Field("fixed", description="one magnification for every cell")
     size: int = Field(128, ge=8, description="side of the square window, px of the image")
 
 
 class TrackWindow(Config):
     """The window is as large as the cell's largest box over the clip (MitoReID)."""
 
-    method: Literal["track"] = "track"
-    max_size: int = Field(
-        512, ge=8, description="largest side of the square window, px of the image"
-    )
+    method: Literal["track"] = Field("track", description="as large as the cell grows over the clip")
+    max_size: int = Field(512, ge=8, description="largest side of the square window, px of the image")
 
 
 class _Percentiles(Config):
     low: float = Field(1.0, ge=0, le=100, description="percentile of pixels that becomes black, %")
-    high: float = Field(
-        99.8, ge=0, le=100, description="percentile of pixels that becomes white, %"
-    )
+    high: float = Field(99.8, ge=0, le=100, description="percentile of pixels that becomes white, %")
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -71,25 +67,21 @@ class _Percentiles(Config):
 class PlateScaling(_Percentiles):
     """One range per plate and channel: intensities compare between wells of a plate."""
 
-    method: Literal["plate"] = "plate"
+    method: Literal["plate"] = Field("plate", description="one range per plate and channel")
 
 
 class SiteScaling(_Percentiles):
     """One range per site and channel: evens out differences between wells, drug effects too."""
 
-    method: Literal["site"] = "site"
+    method: Literal["site"] = Field("site", description="one range per site and channel")
 
 
 class FixedScaling(Config):
     """The same range for every plate."""
 
-    method: Literal["fixed"] = "fixed"
-    low: tuple[float, ...] = Field(
-        (0.0,), description="black, image units; one for all channels or one each"
-    )
-    high: tuple[float, ...] = Field(
-        (65535.0,), description="white, image units; one for all channels or one each"
-    )
+    method: Literal["fixed"] = Field("fixed", description="one range for all plates")
+    low: tuple[float, ...] = Field((0.0,), description="black, image units; one for all channels or one each")
+    high: tuple[float, ...] = Field((65535.0,), description="white, image units; one for all channels or one each")
 
 
 ScalingConfig = Annotated[PlateScaling | SiteScaling | FixedScaling, Field(discriminator="method")]
@@ -104,12 +96,14 @@ class ClipsConfig(Config):
         ge=1,
         description="movie frames from one clip frame to the next; none spreads them evenly",
     )
-    window: Annotated[FixedWindow | TrackWindow, Field(discriminator="method")] = FixedWindow()
+    window: Annotated[FixedWindow | TrackWindow, Field(discriminator="method")] = Field(
+        FixedWindow(), description="what of the image a clip shows"
+    )
     size: int = Field(128, ge=8, description="side of a clip, px")
     mask: Literal["none", "soft"] = Field(
         "soft", description="soft blacks out what is outside the cell, with an 11 px ramp"
     )
-    scaling: ScalingConfig = PlateScaling()
+    scaling: ScalingConfig = Field(PlateScaling(), description="which intensities become black and white")
     repair: bool = Field(True, description="take bad frames from the nearest good frame")
     max_bad: float = Field(
         0.25,
@@ -117,12 +111,8 @@ class ClipsConfig(Config):
         le=1,
         description="share of a clip's frames that may be bad; above it the cells are excluded",
     )
-    max_missing: float = Field(
-        0.2, ge=0, lt=1, description="share of a clip's frames in which the cell may be missing"
-    )
-    exclude_border: bool = Field(
-        True, description="exclude cells that touch the image's border in the clip"
-    )
+    max_missing: float = Field(0.2, ge=0, lt=1, description="share of a clip's frames in which the cell may be missing")
+    exclude_border: bool = Field(True, description="exclude cells that touch the image's border in the clip")
     min_relative_area: float = Field(
         1 / 3,
         ge=0,
@@ -190,9 +180,7 @@ def intensity_range(
             low = np.broadcast_to(np.array(config.low, np.float32), n_channels)
             high = np.broadcast_to(np.array(config.high, np.float32), n_channels)
             if (low >= high).any():
-                raise InputError(
-                    "clips.scaling.low must be below clips.scaling.high in each channel"
-                )
+                raise InputError("clips.scaling.low must be below clips.scaling.high in each channel")
             return low, high
 
 
@@ -274,9 +262,7 @@ def select(
     return pd.DataFrame(
         {
             "track": np.arange(1, n_tracks + 1, dtype=np.int32),
-            "excluded": np.select(
-                [reasons[reason] for reason in EXCLUSIONS], EXCLUSIONS, KEPT
-            ).astype(object),
+            "excluded": np.select([reasons[reason] for reason in EXCLUSIONS], EXCLUSIONS, KEPT).astype(object),
             "n_missing": n_missing.astype(np.int32),
             "n_repaired": np.full(n_tracks, (sources.pixels != frames).sum(), np.int32),
         }

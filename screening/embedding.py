@@ -46,8 +46,8 @@ def restore(
         network.load_state_dict({name: torch.tensor(array) for name, array in weights.items()})
     except RuntimeError as error:
         raise InputError(f"the checkpoint's weights do not fit its model settings: {error}") from error
-    network.to(memory_format=torch.channels_last_3d).eval()
-    return network, Normalisation(mean=manifest.mean, std=manifest.std)
+    network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # a keyword its stub leaves out
+    return network.eval(), Normalisation(mean=manifest.mean, std=manifest.std)
 
 
 def embed(

@@ -31,13 +31,13 @@ _MAX_PIXELS_PER_CHANNEL = 8192
 class NoIllumination(Config):
     """Images are taken as the camera gave them."""
 
-    method: Literal["none"] = "none"
+    method: Literal["none"] = Field("none", description="as the camera gave them")
 
 
 class FlatField(Config):
     """One smooth field per plate and channel, the mean over sites."""
 
-    method: Literal["flat_field"] = "flat_field"
+    method: Literal["flat_field"] = Field("flat_field", description="a smooth field per plate and channel")
     min_sites: int = Field(
         32,
         ge=1,
@@ -45,12 +45,8 @@ class FlatField(Config):
         description="sites needed; with fewer no field is estimated, for it would learn the cells",
     )
     grid: int = Field(64, ge=8, le=256, description="side of the grid that holds the field, points")
-    smoothing: float = Field(
-        0.2, gt=0, le=1, description="sigma of the gaussian, as a share of the image's side"
-    )
-    floor: float = Field(
-        0.1, gt=0, lt=1, description="lowest value of the field, whose mean is 1; bounds the gain"
-    )
+    smoothing: float = Field(0.2, gt=0, le=1, description="sigma of the gaussian, as a share of the image's side")
+    floor: float = Field(0.1, gt=0, lt=1, description="lowest value of the field, whose mean is 1; bounds the gain")
 
 
 IlluminationConfig = Annotated[NoIllumination | FlatField, Field(discriminator="method")]
@@ -122,17 +118,13 @@ def calibrate(
         for channel, values in enumerate(corrected):
             light = site.pixels[:, channel] - offset[channel]
             if field is not None:
-                light /= _stretch(field[channel], site.shape)[
-                    start :: site.step, start :: site.step
-                ]
+                light /= _stretch(field[channel], site.shape)[start :: site.step, start :: site.step]
             values.append(light[np.isfinite(light)])
     ranges = np.empty((n_channels, 2), np.float32)
     for channel, values in enumerate(corrected):
         pool = np.concatenate(values)
         if not pool.size:
-            raise InputError(
-                f"channel {channel} has no finite pixel in the {len(sites)} sampled sites"
-            )
+            raise InputError(f"channel {channel} has no finite pixel in the {len(sites)} sampled sites")
         ranges[channel] = np.percentile(pool, percentiles)
     return Calibration(field, offset, ranges[:, 0].copy(), ranges[:, 1].copy())
 
@@ -156,15 +148,12 @@ def correct(stack: npt.NDArray[Any], calibration: Calibration) -> FloatArray:
     n_channels = len(calibration.offset)
     if stack.ndim != 4 or stack.shape[1] != n_channels:
         raise InputError(
-            f"a stack of shape {stack.shape} does not fit a plate of {n_channels} channels: "
-            "expected (T, C, H, W)"
+            f"a stack of shape {stack.shape} does not fit a plate of {n_channels} channels: expected (T, C, H, W)"
         )
     corrected = stack.astype(np.float32)
     if calibration.flat_field is None:
         return corrected
-    for channel, (field, offset) in enumerate(
-        zip(calibration.flat_field, calibration.offset, strict=True)
-    ):
+    for channel, (field, offset) in enumerate(zip(calibration.flat_field, calibration.offset, strict=True)):
         gain = 1 / _stretch(field, stack.shape[2:])
         for plane in corrected[:, channel]:
             plane -= offset
@@ -216,9 +205,7 @@ def _estimate_field(sites: list[_Site], config: FlatField) -> tuple[FloatArray, 
     darkest = np.stack([site.darkest for site in sites if site.darkest is not None], axis=1)
     fields, offsets = [], []
     for mean, dark in zip(means, darkest, strict=True):
-        offset = _camera_offset(
-            _smooth(mean.mean(axis=0), sigma), _smooth(np.percentile(dark, 10, axis=0), sigma)
-        )
+        offset = _camera_offset(_smooth(mean.mean(axis=0), sigma), _smooth(np.percentile(dark, 10, axis=0), sigma))
         light = mean - offset
         # Bright wells would outvote the others, and empty ones are all noise: level the one, damp
         # the other.
@@ -255,10 +242,7 @@ def _smooth(plane: npt.NDArray[Any], sigma: float) -> FloatArray:
     A gaussian alone flattens a field where it falls towards the edges, by over 10 % in a vignetted
     corner; the surface takes the fall and leaves it a residual without a trend.
     """
-    y, x = (
-        axis.ravel()
-        for axis in np.meshgrid(*(np.linspace(-1, 1, n) for n in plane.shape), indexing="ij")
-    )
+    y, x = (axis.ravel() for axis in np.meshgrid(*(np.linspace(-1, 1, n) for n in plane.shape), indexing="ij"))
     basis = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=1)
     weights, *_ = np.linalg.lstsq(basis, plane.ravel(), rcond=None)
     trend = (basis @ weights).reshape(plane.shape)
@@ -268,6 +252,4 @@ def _smooth(plane: npt.NDArray[Any], sigma: float) -> FloatArray:
 
 def _stretch(field: FloatArray, shape: tuple[int, ...]) -> FloatArray:
     height, width = shape
-    return np.asarray(
-        cv2.resize(field, (width, height), interpolation=cv2.INTER_LINEAR), np.float32
-    )
+    return np.asarray(cv2.resize(field, (width, height), interpolation=cv2.INTER_LINEAR), np.float32)

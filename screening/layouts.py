@@ -40,9 +40,7 @@ class PatternLayout(Config):
         "(parts joined by /), with named groups: well, or row and column; and any of site, time, "
         "channel, z, plate"
     )
-    well: str | None = Field(
-        None, description="the well of every file (such as B02), where names do not hold it"
-    )
+    well: str | None = Field(None, description="the well of every file (such as B02), where names do not hold it")
     site: str = Field("0", description="the site of files whose names do not hold it")
     channel: str = Field("0", description="the channel of files whose names do not hold it")
 
@@ -156,19 +154,14 @@ def checked_well(well: str) -> str:
     row, column = split_well(name)
     if _row_number(row) > MAX_ROWS or int(column) > MAX_COLUMNS:
         raise InputError(
-            f"well {well!r} is on no plate: rows go from A to {_row_letters(MAX_ROWS)}, "
-            f"columns from 1 to {MAX_COLUMNS}"
+            f"well {well!r} is on no plate: rows go from A to {_row_letters(MAX_ROWS)}, columns from 1 to {MAX_COLUMNS}"
         )
     return name
 
 
 def natural(text: str) -> _Natural:
     """A sort key under which numbers inside a text count as numbers: ``w2`` before ``w10``."""
-    return tuple(
-        (int(part), "") if part.isdecimal() else (-1, part)
-        for part in re.split(r"([0-9]+)", text)
-        if part
-    )
+    return tuple((int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", text) if part)
 
 
 def _compile(layout: PatternLayout) -> re.Pattern[str]:
@@ -176,17 +169,12 @@ def _compile(layout: PatternLayout) -> re.Pattern[str]:
         pattern = re.compile(layout.pattern)
     except re.error as error:
         at = "" if error.pos is None else f" at character {error.pos + 1}"
-        raise InputError(
-            f"pattern {layout.pattern!r} is not a regular expression: {error.msg}{at}"
-        ) from error
+        raise InputError(f"pattern {layout.pattern!r} is not a regular expression: {error.msg}{at}") from error
     groups = set(pattern.groupindex)
     for unknown in sorted(groups - set(GROUPS)):
         near = get_close_matches(unknown, GROUPS, n=1, cutoff=0.4)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise InputError(
-            f"pattern {layout.pattern!r}: unknown group {unknown!r}{hint}; "
-            f"known are {', '.join(GROUPS)}"
-        )
+        raise InputError(f"pattern {layout.pattern!r}: unknown group {unknown!r}{hint}; known are {', '.join(GROUPS)}")
     if ("row" in groups) != ("column" in groups):
         raise InputError(f"pattern {layout.pattern!r}: the groups row and column go together")
     ways = ("well" in groups) + ("row" in groups) + (layout.well is not None)
@@ -198,9 +186,7 @@ def _compile(layout: PatternLayout) -> re.Pattern[str]:
     return pattern
 
 
-def _plane(
-    name: str, said: dict[str, str], layout: PatternLayout
-) -> tuple[str, str, int, str, int]:
+def _plane(name: str, said: dict[str, str], layout: PatternLayout) -> tuple[str, str, int, str, int]:
     try:
         return (
             _well(said, layout),

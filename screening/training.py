@@ -36,7 +36,7 @@ class TrainingError(InputError):
 class SGD(Config):
     """Gradient descent with Nesterov momentum: MitoReID's, which starts from pretrained weights."""
 
-    method: Literal["sgd"] = "sgd"
+    method: Literal["sgd"] = Field("sgd", description="gradient descent with Nesterov momentum")
     lr: float = Field(1e-3, gt=0, description="learning rate")
     momentum: float = Field(0.9, gt=0, lt=1, description="Nesterov momentum")
     weight_decay: float = Field(1e-3, ge=0, description="L2 penalty on the weights")
@@ -45,17 +45,15 @@ class SGD(Config):
 class AdamW(Config):
     """Adam with decoupled weight decay: learns from scratch in few epochs."""
 
-    method: Literal["adamw"] = "adamw"
+    method: Literal["adamw"] = Field("adamw", description="Adam with decoupled weight decay")
     lr: float = Field(2e-3, gt=0, description="learning rate")
-    weight_decay: float = Field(
-        1e-2, ge=0, description="decay of the weights, times the learning rate"
-    )
+    weight_decay: float = Field(1e-2, ge=0, description="decay of the weights, times the learning rate")
 
 
 class CosineSchedule(Config):
     """Linear warm-up, then half a cosine down to ``floor``, a step at a time."""
 
-    method: Literal["cosine"] = "cosine"
+    method: Literal["cosine"] = Field("cosine", description="linear warm-up, then half a cosine")
     warmup_epochs: float = Field(1.0, ge=0, description="epochs until the full learning rate")
     floor: float = Field(0.01, ge=0, le=1, description="final learning rate, share of the full one")
 
@@ -63,7 +61,7 @@ class CosineSchedule(Config):
 class PlateauSchedule(Config):
     """A lower learning rate whenever the validation metric has stopped rising."""
 
-    method: Literal["plateau"] = "plateau"
+    method: Literal["plateau"] = Field("plateau", description="lower when validation has stopped rising")
     factor: float = Field(0.1, gt=0, lt=1, description="what the learning rate is multiplied by")
     patience: int = Field(10, ge=0, description="epochs without a better metric before that")
 
@@ -77,12 +75,8 @@ class TrainConfig(Config):
     epochs: int = Field(60, ge=1, description="epochs, each a visit to every clip")
     p: int = Field(32, ge=2, description="identities a batch")
     k: int = Field(4, ge=2, description="clips an identity in a batch")
-    label_smoothing: float = Field(
-        0.1, ge=0, lt=1, description="share of the target spread over all classes"
-    )
-    triplet_weight: float = Field(
-        1.0, ge=0, description="weight of the batch-hard triplet loss; 0: without"
-    )
+    label_smoothing: float = Field(0.1, ge=0, lt=1, description="share of the target spread over all classes")
+    triplet_weight: float = Field(1.0, ge=0, description="weight of the batch-hard triplet loss; 0: without")
     margin: float = Field(0.3, ge=0, description="margin of the triplet loss, embedding units")
     center_weight: float = Field(0.01, ge=0, description="weight of the centre loss; 0: without")
     center_lr: float = Field(0.05, gt=0, description="learning rate of the class centres")
@@ -142,9 +136,7 @@ class Normalisation(Config):
             InputError: if the clips have another number of channels.
         """
         if clips.shape[1] != len(self.mean):
-            raise InputError(
-                f"clips have {clips.shape[1]} channels but the network is made for {len(self.mean)}"
-            )
+            raise InputError(f"clips have {clips.shape[1]} channels but the network is made for {len(self.mean)}")
         shape = (1, -1, 1, 1, 1)
         mean = torch.tensor(self.mean, device=clips.device).reshape(shape)
         std = torch.tensor(self.std, device=clips.device).reshape(shape)
@@ -393,9 +385,7 @@ def _make_schedule(
 ) -> LambdaLR | ReduceLROnPlateau:
     schedule = config.schedule
     if isinstance(schedule, PlateauSchedule):
-        return ReduceLROnPlateau(
-            optimizer, mode="max", factor=schedule.factor, patience=schedule.patience
-        )
+        return ReduceLROnPlateau(optimizer, mode="max", factor=schedule.factor, patience=schedule.patience)
     warmup = schedule.warmup_epochs * steps_per_epoch
     total = config.epochs * steps_per_epoch
     floor = schedule.floor

@@ -214,18 +214,23 @@ def create_well(
         channels: a name a channel.
         pixel_size: micrometres.
         time_step: seconds.
+
+    Raises:
+        InputError: if a name is not usable or a site's shape does not fit the channels; nothing is written then.
     """
     row, column = split_well(well)
     if len(set(channels)) != len(channels):
         raise InputError(f"channels {list(channels)} must differ in name")
-    well_url = store.join(plate_url, row, column)
-    store.remove(well_url)
     for site, stack in sites.items():
-        check_name(site, "site")
+        if not (site.isascii() and site.isalnum()):
+            raise InputError(f"site {well}/{site}: NGFF names sites by letters and digits alone")
         if stack.ndim != 4 or stack.shape[1] != len(channels):
             raise InputError(
                 f"site {well}/{site}: expected (T, C, H, W) with the channels {list(channels)}, got shape {stack.shape}"
             )
+    well_url = store.join(plate_url, row, column)
+    store.remove(well_url)
+    for site, stack in sites.items():
         _write_image(store.join(well_url, site), stack, channels, pixel_size, time_step)
     images = [{"path": site, "acquisition": 0} for site in sites]
     _write_ome(well_url, {"well": {"images": images}})

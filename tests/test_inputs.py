@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from pipelines.config import InputsConfig
+from pipelines.inputs import Inputs, open_inputs
+from storage_schemas.errors import InputError
+from storage_schemas.keys import WellKey
+from storage_schemas.plate import create_well, list_wells
+
+BLANK = {"0": np.zeros((1, 1, 4, 4), np.uint16)}
+
+
+def write_plate(folder: Path, name: str, wells: Sequence[str]) -> None:
+    for well in wells:
+        create_well(str(folder), well, BLANK, ["dna"])
+    list_wells(str(folder), name, wells)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two plates of two wells, with their tables."""
+    for name in ("p1", "p2"):
+        write_plate(tmp_path / "plates" / f"{name}.zarr", name, ["A01", "B02"])
+    rows = [
+        {"plate": plate, "well": well, "compound": compound, "role": role}
+        for plate in ("p1", "p2")
+        for well, compound, role in (("A01", "DMSO", "negative_control"), ("B02", "FCCP", "treatment"))
+    ]
+    pd.DataFrame(rows).to_csv(tmp_path / "plate_map.csv", index=False)
+    pd.DataFrame({"compound": ["DMSO", "FCCP"], "moa": [None, "uncoupler"]}).to_csv(
+        tmp_path / "compounds.csv", index=False
+    )
+    return tmp_path
+
+
+def opened(folder: Path, **settings: str | None) -> Inputs:
+    return open_inputs(
+        InputsConfig.model_validate(
+            {
+                "plates": [f"{folder}/plates/*.zarr"],
+                "plate_map": f"{folder}/plate_map.csv",
+                "compounds": f"{folder}/compounds.csv",
+                **settings,
+            }
+        )
+    )
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def message(folder: Path, **settings: str | None) -> str:
+    with pytest.raises(InputError) as caught:
+        opened(folder, **settings)
+    return str(caught.value)
+
+
+def test_inputs_that_fit(folder: Path) -> None:
+    inputs = opened(folder)
+    assert list(inputs.plates) == ["p1", "p2"]
+    assert inputs.wells == [WellKey(plate, well) for plate in ("p1", "p2") for well in ("A01", "B02")]
+    assert inputs.compounds["compound"].tolist() == ["DMSO", "FCCP"]
+    assert inputs.notes == ()
+
+
+def test_without_a_table_of_compounds_each_is_known_by_its_id(folder: Path) -> None:
+    inputs = opened(folder, compounds=None)
+    assert inputs.compounds["compound"].tolist() == inputs.compounds["name"].tolist() == ["DMSO", "FCCP"]
+    assert inputs.compounds["moa"].isna().all()
+
+
+def test_plates_can_be_named_one_by_one(folder: Path) -> None:
+    config = InputsConfig(
+        plates=(f"{folder}/plates/p2.zarr", f"{folder}/plates/p1.zarr/"), plate_map=f"{folder}/plate_map.csv"
+    )
+    assert set(open_inputs(config).plates) == {"p1", "p2"}
+
+
+def test_missing_plate_map(folder: Path) -> None:
+    (folder / "plate_map.csv").unlink()
+    assert message(folder) == f"{folder}/plate_map.csv: no such file"
+
+
+def test_missing_table_of_compounds(folder: Path) -> None:
+    (folder / "compounds.csv").unlink()
+    assert message(folder) == f"{folder}/compounds.csv: no such file"
+
+
+def test_pattern_that_matches_no_plate(folder: Path) -> None:
+    config = InputsConfig(plates=(f"{folder}/plates/x*.zarr",), plate_map=f"{folder}/plate_map.csv")
+    with pytest.raises(InputError, match=re.escape(f"{folder}/plates/x*.zarr: no plate matches")):
+        open_inputs(config)
+
+
+def test_plate_that_is_not_there(folder: Path) -> None:
+    config = InputsConfig(plates=(f"{folder}/plates/p3.zarr",), plate_map=f"{folder}/plate_map.csv")
+    with pytest.raises(InputError, match=re.escape(f"{folder}/plates/p3.zarr: ")):
+        open_inputs(config)
+
+
+def test_two_plates_of_one_name(folder: Path) -> None:
+    write_plate(folder / "plates" / "copy.zarr", "p1", ["A01"])
+    said = message(folder)
+    assert "two plates are called 'p1'" in said
+    assert f"{folder}/plates/copy.zarr" in said
+    assert f"{folder}/plates/p1.zarr" in said
+    assert "rename one" in said
+
+
+def test_well_with_images_that_the_plate_map_lacks(folder: Path) -> None:
+    edit(folder / "plate_map.csv", "p2,B02,FCCP,treatment\n", "")
+    said = message(folder)
+    assert said.startswith(f"1 well(s) with images are not in the plate map {folder}/plate_map.csv: p2/B02")
+    assert "--set inputs.unmapped_wells=skip" in said
+    inputs = opened(folder, unmapped_wells="skip")
+    assert WellKey("p2", "B02") not in inputs.wells
+    assert len(inputs.wells) == 3
+    (note,) = inputs.notes
+    assert "p2/B02; skipped" in note
+
+
+def test_well_of_the_plate_map_without_images(folder: Path) -> None:
+    with (folder / "plate_map.csv").open("a") as file:
+        file.write("p2,C03,FCCP,treatment\n")
+    said = message(folder)
+    assert f"1 well(s) of the plate map {folder}/plate_map.csv are on none of the plates ['p1', 'p2']: p2/C03" in said
+    assert "--set inputs.missing_wells=skip" in said
+    inputs = opened(folder, missing_wells="skip")
+    assert len(inputs.wells) == 4
+    (note,) = inputs.notes
+    assert "p2/C03; skipped" in note
+
+
+def test_compound_on_no_plate(folder: Path) -> None:
+    with (folder / "compounds.csv").open("a") as file:
+        file.write("rotenone,respiratory chain inhibitor\n")
+    said = message(folder)
+    assert f"1 compound(s) of {folder}/compounds.csv are on no plate: rotenone" in said
+    assert "--set inputs.unused_compounds=skip" in said
+    inputs = opened(folder, unused_compounds="skip")
+    assert inputs.compounds["compound"].tolist() == ["DMSO", "FCCP"]
+    (note,) = inputs.notes
+    assert "rotenone; skipped" in note
+
+
+def test_compound_that_the_table_of_compounds_lacks(folder: Path) -> None:
+    edit(folder / "compounds.csv", "FCCP", "CCCP")
+    said = message(folder, unused_compounds="skip")
+    assert said.startswith(f"{folder}/compounds.csv: compound(s) ['FCCP'] of the plate map are not in it")
+    assert "add a row" in said
+
+
+def test_compound_on_skipped_wells_only_counts_as_unused(folder: Path) -> None:
+    with (folder / "plate_map.csv").open("a") as file:
+        file.write("p2,C03,rotenone,treatment\n")
+    with (folder / "compounds.csv").open("a") as file:
+        file.write("rotenone,respiratory chain inhibitor\n")
+    assert "rotenone" in message(folder, missing_wells="skip")
+    inputs = opened(folder, missing_wells="skip", unused_compounds="skip")
+    assert "rotenone" not in set(inputs.compounds["compound"])
+    assert len(inputs.notes) == 2
+
+
+def test_plate_map_of_other_plates(folder: Path) -> None:
+    for plate in ("p1", "p2"):
+        edit(folder / "plate_map.csv", f"{plate},", f"{plate}x,")
+    assert "4 well(s) with images are not in the plate map" in message(folder)
+    said = message(folder, unmapped_wells="skip", missing_wells="skip")
+    assert "its plates are called ['p1x', 'p2x'], the images' ['p1', 'p2']" in said
+
+
+def test_long_lists_are_cut_short(folder: Path) -> None:
+    with (folder / "plate_map.csv").open("a") as file:
+        file.writelines(f"p1,C{column:02d},FCCP,treatment\n" for column in range(1, 9))
+    said = message(folder)
+    assert said.startswith("8 well(s)")
+    assert "p1/C05 and 3 more;" in said
+
+
+def test_wells_spelt_otherwise_are_the_same_wells(folder: Path) -> None:
+    edit(folder / "plate_map.csv", "p1,B02", "p1,b2")
+    assert WellKey("p1", "B02") in opened(folder).wells
