@@ -121,6 +121,22 @@ def load(url: str, overrides: Sequence[str] = ()) -> RunConfig:
     return config.model_copy(update={"inputs": inputs})
 
 
+def override(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """A configuration with other settings.
+
+    Args:
+        config: what the settings are changed in.
+        overrides: as for :func:`load`.
+
+    Raises:
+        ConfigError: if a key or value is wrong.
+    """
+    document = config.model_dump(mode="json")
+    for change in overrides:
+        _override(document, change)
+    return parse(document, " ".join(overrides))
+
+
 def parse(document: Mapping[str, Any], source: str) -> RunConfig:
     """Validate a configuration.
 
@@ -156,14 +172,23 @@ def commented_default() -> str:
     )
 
 
-def _override(document: dict[str, Any], override: str) -> None:
+def split_override(override: str) -> tuple[str, Any]:
+    """The key and the value of ``key=value``, the value in YAML.
+
+    Raises:
+        ConfigError: if it is not of that form.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"--set {override!r}: expected dotted.key=value")
+        raise ConfigError(f"--set {override!r}: expected key=value")
     try:
-        value = yaml.safe_load(text)
+        return key, yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override!r}: the value is not YAML: {error}") from error
+
+
+def _override(document: dict[str, Any], override: str) -> None:
+    key, value = split_override(override)
     *path, last = key.split(".")
     node = document
     for part in path:

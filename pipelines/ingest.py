@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,15 +162,22 @@ def _join(blocks: list[NDArray[Any]], paths: pd.Series[str], axis: int) -> NDArr
 
 def _read_file(url: str, options: IngestOptions) -> NDArray[Any]:
     """One TIFF file as (T, C, Z, H, W)."""
-    try:
-        image = np.squeeze(tifffile.imread(io.BytesIO(store.read_bytes(url))))
-    except (tifffile.TiffFileError, ValueError, OSError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise SchemaError(url, f"is not a readable TIFF image ({error})") from error
     axes = options.axes.upper()
     if not _usable(axes):
         raise InputError(f"--axes {options.axes!r}: expected a subset of T, C, Z and, last, YX")
+    data = store.read_bytes(url)
+    try:
+        with _logged_errors() as errors:
+            image = tifffile.imread(io.BytesIO(data))
+    except Exception as error:  # tifffile and its codecs have errors of their own
+        raise SchemaError(url, f"is not a readable TIFF image ({error})") from error
+    if errors and axes != "YX":
+        raise SchemaError(url, f"is a damaged stack, pages may be missing ({errors[0]})")
+    if image.ndim != len(axes):
+        # Writers differ in whether they keep axes of length 1.
+        image = np.squeeze(image)
+        if image.ndim == 2:
+            image = image.reshape((1,) * (len(axes) - 2) + image.shape)
     if image.ndim != len(axes):
         raise SchemaError(url, f"has the shape {image.shape}, --axes {axes} says {len(axes)} dimensions")
     order = [axis for axis in "TCZYX" if axis in axes]
@@ -177,6 +186,24 @@ def _read_file(url: str, options: IngestOptions) -> NDArray[Any]:
         if axis not in axes:
             image = np.expand_dims(image, position)
     return image
+
+
+@contextmanager
+def _logged_errors() -> Iterator[list[str]]:
+    """Collect the errors that tifffile logs: of pages that it cannot read and leaves out it says nothing else."""
+    errors: list[str] = []
+
+    def collect(record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.ERROR:
+            errors.append(record.getMessage())
+        return False
+
+    logger = logging.getLogger("tifffile")
+    logger.addFilter(collect)
+    try:
+        yield errors
+    finally:
+        logger.removeFilter(collect)
 
 
 def _usable(axes: str) -> bool:

@@ -9,8 +9,8 @@ import numpy.typing as npt
 import pandas as pd
 
 from screening import prediction, similarity
-from storage_schemas.errors import InputError
-from storage_schemas.index import Level, read_level, read_manifest
+from storage_schemas.errors import InputError, SchemaError
+from storage_schemas.index import Level, index_exists, read_level, read_manifest
 from storage_schemas.screen import Screen
 from storage_schemas.tables import SPLIT, open_table
 
@@ -35,20 +35,17 @@ def query(screen: Screen, compound: str, k: int, level: Level = "compound") -> p
     Raises:
         InputError: for a screen without index or an unknown compound, with names near it.
     """
-    stored, ids = read_level(screen.index, level)
-    manifest = read_manifest(screen.index)
+    index, ids = _open_index(screen, level)
     own = ids["compound"].to_numpy() == compound
     if not own.any():
         raise _unknown_compound(screen, compound)
-    index = similarity.deserialise(stored, len(ids), manifest.dimension)
     of_own = [index.reconstruct(int(i)) for i in np.flatnonzero(own)]
     return _neighbours(index, ids, np.mean(of_own, axis=0)[None], own, k)
 
 
 def nearest_compounds(screen: Screen, k: int) -> pd.DataFrame:
     """Each compound's nearest compounds: compound, moa, rank, neighbour, neighbour_moa, similarity."""
-    stored, ids = read_level(screen.index, "compound")
-    index = similarity.deserialise(stored, len(ids), read_manifest(screen.index).dimension)
+    index, ids = _open_index(screen, "compound")
     tables = []
     for position, (compound, moa) in enumerate(zip(ids["compound"], ids["moa"], strict=True)):
         own = np.arange(len(ids)) == position
@@ -57,6 +54,22 @@ def nearest_compounds(screen: Screen, k: int) -> pd.DataFrame:
         tables.append(found.drop(columns="id").assign(compound=compound, moa=moa))
     columns = ["compound", "moa", "rank", "neighbour", "neighbour_moa", "similarity"]
     return pd.concat(tables, ignore_index=True)[columns]
+
+
+def _open_index(screen: Screen, level: Level) -> tuple[faiss.IndexFlatIP, pd.DataFrame]:
+    """One level of the index and what its vectors are.
+
+    Raises:
+        SchemaError: if there is no index, or a file of it is damaged.
+    """
+    if not index_exists(screen.index):
+        raise SchemaError(screen.url, "has no index: run the stage `index` first")
+    dimension = read_manifest(screen.index).dimension
+    stored, ids = read_level(screen.index, level)
+    try:
+        return similarity.deserialise(stored, len(ids), dimension), ids
+    except InputError as error:
+        raise SchemaError(screen.index, f"level {level!r}: {error}") from error
 
 
 def _neighbours(
@@ -97,9 +110,7 @@ def predict(screen: Screen, compound: str | None) -> pd.DataFrame:
     Raises:
         InputError: for an unknown compound, with names near it.
     """
-    stored, ids = read_level(screen.index, "cell")
-    manifest = read_manifest(screen.index)
-    index = similarity.deserialise(stored, len(ids), manifest.dimension)
+    index, ids = _open_index(screen, "cell")
     cells = index.reconstruct_n(0, len(ids))
     split = open_table(screen.split, SPLIT).to_pandas()
     controls = set(split.loc[split["role"] == "negative_control", "compound"])

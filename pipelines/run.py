@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +56,14 @@ _SPECS: dict[Stage, _StageSpec] = {
 assert tuple(_SPECS) == STAGES
 
 
-def run(config: RunConfig, out: str, stages: Sequence[Stage] = STAGES, *, update: bool = False) -> int:
+def run(
+    config: RunConfig,
+    out: str,
+    stages: Sequence[Stage] = STAGES,
+    *,
+    update: bool = False,
+    segmented: Screen | None = None,
+) -> int:
     """Run stages of a screen, or go on with them.
 
     Args:
@@ -64,6 +71,7 @@ def run(config: RunConfig, out: str, stages: Sequence[Stage] = STAGES, *, update
         out: the screen's folder or object-store prefix.
         stages: which; those before them must have been done.
         update: accept that the folder holds a run of another configuration, and do again what depends on the change.
+        segmented: a screen of the same plates whose segmented wells are taken instead of segmenting them here.
 
     Returns:
         How many wells failed, and are recorded as failed.
@@ -71,7 +79,7 @@ def run(config: RunConfig, out: str, stages: Sequence[Stage] = STAGES, *, update
     Raises:
         InputError: whatever the user can mend.
     """
-    screen = Screen(store.absolute(out))
+    screen = Screen(store.absolute(out), segmented)
     previous = _previous(screen, config, update)
     inputs = open_inputs(config.inputs)
     _write_start(config, screen, inputs, previous)
@@ -84,6 +92,22 @@ def run(config: RunConfig, out: str, stages: Sequence[Stage] = STAGES, *, update
                 _run_stage(stage, config, inputs, screen)
             failed += len(screen.failures(stage)) if stage in stages else 0
     return failed
+
+
+def is_done(config: RunConfig, out: str, stages: Sequence[Stage], *, segmented: Screen | None = None) -> bool:
+    """Whether :func:`run` with the same arguments would find all stages done."""
+    screen = Screen(store.absolute(out), segmented)
+    if not screen.exists():
+        return False
+    inputs = open_inputs(config.inputs)
+    records = _records(screen, screen.read_manifest())
+    return all(
+        stage in records
+        and records[stage].done
+        and records[stage].fingerprint == _fingerprint(stage, config, inputs, screen, records)
+        and not screen.failures(stage)
+        for stage in stages
+    )
 
 
 def _previous(screen: Screen, config: RunConfig, update: bool) -> Manifest | None:
@@ -113,19 +137,29 @@ def _write_start(config: RunConfig, screen: Screen, inputs: Inputs, previous: Ma
     manifest = Manifest(
         software=software,
         config=_identity(config),
-        stages=previous.stages if previous else {},
+        stages=_records(screen, previous),
     )
     screen.write_manifest(manifest)
     write_table(screen.plate_map, inputs.plate_map, PLATE_MAP)
     write_table(screen.compounds, inputs.compounds, COMPOUNDS)
 
 
-def _run_stage(stage: Stage, config: RunConfig, inputs: Inputs, screen: Screen) -> None:
-    manifest = screen.read_manifest()
+def _records(screen: Screen, manifest: Manifest | None) -> dict[str, StageRecord]:
+    """What is known of each stage; of a borrowed one, what its owner knows now."""
+    records = dict(manifest.stages) if manifest else {}
+    if screen.segmented is not None:
+        records["segment"] = screen.segmented.read_manifest().stages["segment"]
+    return records
+
+
+def _fingerprint(
+    stage: Stage, config: RunConfig, inputs: Inputs, screen: Screen, records: Mapping[str, StageRecord]
+) -> str:
+    """Of everything that a stage's output depends on."""
     spec = _SPECS[stage]
     before = {}
     for name in spec.after:
-        record = manifest.stages.get(name)
+        record = records.get(name)
         if record is None or not record.done:
             raise InputError(
                 f"{screen.url}: stage {stage!r} needs {name!r}, which has not been done here; "
@@ -133,8 +167,13 @@ def _run_stage(stage: Stage, config: RunConfig, inputs: Inputs, screen: Screen) 
             )
         before[name] = record.output
     settings = config.model_dump(mode="json", include=set(spec.settings))
-    mark = fingerprint(stage, spec.version, settings, before, _input_identity(inputs, spec.tables))
-    record = manifest.stages.get(stage)
+    return fingerprint(stage, spec.version, settings, before, _input_identity(inputs, spec.tables))
+
+
+def _run_stage(stage: Stage, config: RunConfig, inputs: Inputs, screen: Screen) -> None:
+    records = screen.read_manifest().stages
+    mark = _fingerprint(stage, config, inputs, screen, records)
+    record = records.get(stage)
     if record is not None and record.fingerprint != mark:
         screen.remove_stage(stage)
         record = None
@@ -148,7 +187,7 @@ def _run_stage(stage: Stage, config: RunConfig, inputs: Inputs, screen: Screen) 
 
     start = time.monotonic()
     try:
-        counts, notes = spec.function(config, inputs, screen, mark)
+        counts, notes = _SPECS[stage].function(config, inputs, screen, mark)
     except ray.exceptions.RayTaskError as error:
         # What a task raised, not Ray's account of where it ran.
         if isinstance(error.cause, InputError):

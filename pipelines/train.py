@@ -8,6 +8,7 @@ batch: reading and augmenting run in actors anywhere in the cluster, ahead of th
 from __future__ import annotations
 
 import io
+import os
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -45,6 +46,7 @@ from storage_schemas.checkpoint import (
     write_checkpoint,
 )
 from storage_schemas.clips import channel_names, open_clips
+from storage_schemas.errors import SchemaError
 from storage_schemas.screen import Screen
 from storage_schemas.tables import SPLIT, TRAINING_METRICS, write_table
 
@@ -92,8 +94,13 @@ def train(config: RunConfig, inputs: Inputs, screen: Screen, fingerprint: str) -
         StageError: if training fails more often than allowed.
     """
     workers = config.resources.train_workers
-    if config.train.p % workers:
-        raise ConfigError(f"train.p={config.train.p} identities cannot be shared by {workers} workers")
+    share, rest = divmod(config.train.p, workers)
+    if rest or share < 2:
+        # With one identity alone a worker would have nothing to tell it from.
+        raise ConfigError(
+            f"train.p={config.train.p} identities cannot be shared by {workers} workers: "
+            "each takes as many, and two at least; change train.p or resources.train_workers"
+        )
     table, notes = split(inputs.plate_map, inputs.compounds, config.split, config.seed, config.train.label)
     check_leaks(table)
     write_table(screen.split, table, SPLIT, fingerprint)
@@ -138,6 +145,7 @@ def _fit(config: RunConfig, screen: Screen, job: _Job) -> str:
     resources = config.resources
     workers = resources.train_workers
     cpus = ray.cluster_resources().get("CPU", 1)
+    _mend(store.join(screen.training_runs, job.fingerprint))
     trainer = ray.train.torch.TorchTrainer(
         _worker,
         train_loop_config={"job": job},
@@ -175,6 +183,19 @@ def _fit(config: RunConfig, screen: Screen, job: _Job) -> str:
     return path if store.is_local(screen.url) else f"{screen.url.partition('://')[0]}://{path}"
 
 
+def _mend(folder: str) -> None:
+    """Remove a list of checkpoints of which a killed run wrote but a part.
+
+    Ray Train writes it in place, and would refuse it for ever; without it training starts again, to the same end.
+    """
+    for name in store.list_names(folder):
+        if name.endswith(".json"):
+            try:
+                store.read_json(store.join(folder, name))
+            except SchemaError:
+                store.remove(store.join(folder, name))
+
+
 def _innermost(error: BaseException) -> str:
     cause = getattr(error, "cause", None) or error.__cause__
     return _innermost(cause) if isinstance(cause, BaseException) else str(error)
@@ -204,7 +225,7 @@ def _training_clips(config: RunConfig, screen: Screen, table: pd.DataFrame) -> t
         named = [class_names[label] for label in present]
         raise StageError(
             f"train: the training wells have clips of {len(present)} identities {named}, two are needed; "
-            f"give more compounds a {config.train.label} in the table of compounds, or take already trained weights"
+            f"give more compounds a {config.train.label} in the tables, or look at why wells have no clips"
         )
     clips = clips.take(np.flatnonzero(clips.label >= 0))
     return clips, class_names
@@ -246,7 +267,7 @@ def _worker(config: dict[str, Any]) -> None:
     """Train from the last checkpoint, or from the start, to the end; one report an epoch."""
     job: _Job = config["job"]
     quiet_ray_data()
-    torch.set_num_threads(job.threads)
+    torch.set_num_threads(min(job.threads, os.cpu_count() or 1))
     context = ray.train.get_context()
     rank_, workers = context.get_world_rank(), context.get_world_size()
     # Batches and their order are a function of seed and epoch alone, so any worker can make its share of any epoch.
@@ -268,6 +289,8 @@ def _worker(config: dict[str, Any]) -> None:
             history = list(read_manifest(folder).history)
             stored = torch.load(io.BytesIO(read_training(folder)), weights_only=True)
         state.load_state_dict(stored)
+    if rank_ == 0:
+        _show(job, history)
     batches = _batches(job, state.epoch, rank_, workers)
     while not state.finished:
         sums: dict[str, float] = {}
@@ -308,8 +331,13 @@ def _report(job: _Job, state: TrainingState, history: list[dict[str, float]], ra
             checkpoint = ray.train.Checkpoint.from_directory(folder)
         ray.train.report(history[-1], checkpoint=checkpoint, checkpoint_dir_name=f"epoch_{state.epoch:04d}")
     if rank_ == 0:
-        shown = ("loss", "accuracy", "validation_map")
-        job.events.put({name: history[-1][name] for name in shown if name in history[-1]})
+        _show(job, history[-1:])
+
+
+def _show(job: _Job, epochs: Sequence[dict[str, float]]) -> None:
+    shown = ("loss", "accuracy", "validation_map")
+    for metrics in epochs:
+        job.events.put({name: metrics[name] for name in shown if name in metrics})
 
 
 def _validate(
@@ -319,7 +347,7 @@ def _validate(
     rank_: int,
     workers: int,
 ) -> float | None:
-    """MAP of the validation cells among training cells, each worker embedding its share of both."""
+    """Mean average precision of the validation cells among training cells, each worker embedding its share of both."""
     if not _validates(job):
         return None
     frames = frames_seen(job.model, job.n_frames)

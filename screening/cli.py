@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from storage_schemas.errors import InputError
+from tune.ablations import ABLATIONS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -110,23 +111,16 @@ def simulate(
 
     Settings are those of the simulation: seed, replicates, compounds_per_moa, frames, height, width…
     """
-    import yaml
     from pydantic import ValidationError
 
     from pipelines.cluster import cluster
-    from pipelines.config import ConfigError, ResourcesConfig
+    from pipelines.config import ConfigError, ResourcesConfig, split_override
     from pipelines.simulate import RUN_CONFIG
     from pipelines.simulate import simulate as write
     from screening.simulation import SimulationConfig
 
-    chosen = {}
-    for setting in settings or []:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {setting!r}: expected key=value")
-        chosen[key] = yaml.safe_load(value)
     try:
-        config = SimulationConfig(**chosen)
+        config = SimulationConfig(**dict(map(split_override, settings or ())))
     except ValidationError as error:
         raise ConfigError(f"the simulation's settings are not usable: {error}") from error
     with cluster(ResourcesConfig(cpus=cpus)):
@@ -219,6 +213,38 @@ _stage_command("embed", "Clips and network in; an embedding a cell out.")
 _stage_command("index", "Embeddings in; well and compound profiles and the similarity index out.")
 _stage_command("evaluate", "Embeddings in; the held-out tests out.")
 _stage_command("report", "All of it in; one HTML page out.")
+
+
+@app.command()
+def sweep(
+    config: ConfigArgument,
+    out: Annotated[str, typer.Option(help="Folder or URL of the sweep.", show_default=False)],
+    ablations: Annotated[str, typer.Option(help="Which, with commas.")] = ",".join(ABLATIONS),
+    seeds: Annotated[str, typer.Option(help="Each ablation is run with each of these, with commas.")] = "0,1,2",
+    concurrency: Annotated[int, typer.Option(min=1, help="Trials that train at once.")] = 1,
+    settings: SetOption = None,
+    update: UpdateOption = False,
+) -> None:
+    """Train and test again without parts of the method: a table of what each part is worth.
+
+    Plates are segmented once; a trial that is done is not repeated.
+    """
+    from pipelines.config import load
+    from storage_schemas import store
+    from tune.sweep import TABLE
+    from tune.sweep import sweep as run_sweep
+
+    try:
+        numbers = [int(seed) for seed in seeds.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"{seeds!r} is not a list of whole numbers", param_hint="--seeds") from error
+    failed = run_sweep(
+        load(config, settings or ()), out, ablations.split(","), numbers, concurrency=concurrency, update=update
+    )
+    typer.echo(store.read_bytes(store.join(out, TABLE)).decode(), nl=False)
+    if failed:
+        typer.echo(f"{out}: {failed} well(s) or trial(s) failed", err=True)
+        raise typer.Exit(Exit.SOME_FAILED)
 
 
 @app.command()

@@ -47,7 +47,12 @@ def write_level(url: str, level: Level, index: bytes, ids: pd.DataFrame) -> None
 def write_manifest(url: str, manifest: IndexManifest) -> None:
     """Write the manifest, which makes the index whole."""
     document = {"form": "index", "version": VERSION, **asdict(manifest)}
-    store.write_json(store.join(url, "manifest.json"), document)
+    store.write_json(_manifest(url), document)
+
+
+def index_exists(url: str) -> bool:
+    """Whether a whole index is there: its manifest is written last."""
+    return store.exists(_manifest(url))
 
 
 def read_manifest(url: str) -> IndexManifest:
@@ -56,7 +61,7 @@ def read_manifest(url: str) -> IndexManifest:
     Raises:
         SchemaError: if there is no whole index, or one of another version.
     """
-    where = store.join(url, "manifest.json")
+    where = _manifest(url)
     document = store.read_json(where)
     if not isinstance(document, dict) or document.pop("form", None) != "index":
         raise SchemaError(where, "is not the manifest of an index")
@@ -77,3 +82,7 @@ def read_level(url: str, level: Level) -> tuple[bytes, pd.DataFrame]:
     index = store.read_bytes(store.join(url, f"{level}.faiss"))
     ids = open_table(store.join(url, f"{level}.parquet"), INDEX_IDS)
     return index, ids.to_pandas()
+
+
+def _manifest(url: str) -> str:
+    return store.join(url, "manifest.json")

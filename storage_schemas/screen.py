@@ -74,9 +74,15 @@ class Failure:
 
 @dataclass(frozen=True)
 class Screen:
-    """A screen's folder or object-store prefix."""
+    """A screen's folder or object-store prefix.
+
+    Attributes:
+        url: where it lies.
+        segmented: another screen, whose segmented wells this one takes for its own and leaves untouched.
+    """
 
     url: str
+    segmented: Screen | None = None
 
     # --- paths -------------------------------------------------------------------------------
 
@@ -97,19 +103,19 @@ class Screen:
 
     def calibration(self, plate: str) -> str:
         """A plate's flat field and intensity range."""
-        return self._path("calibration", f"{plate}.npz")
+        return self._owner("segment")._path("calibration", f"{plate}.npz")
 
     def cells(self, well: WellKey) -> str:
         """A well's tracked cells; the file that commits a unit of `segment`."""
-        return self._path("cells", well.plate, f"{well.well}.parquet")
+        return self._owner("segment")._path("cells", well.plate, f"{well.well}.parquet")
 
     def quality(self, well: WellKey) -> str:
         """Quality measures of a well's frames."""
-        return self._path("quality", well.plate, f"{well.well}.parquet")
+        return self._owner("segment")._path("quality", well.plate, f"{well.well}.parquet")
 
     def clips(self, well: WellKey) -> str:
         """A well's clips."""
-        return self._path("clips", well.plate, f"{well.well}.zarr")
+        return self._owner("segment")._path("clips", well.plate, f"{well.well}.zarr")
 
     @property
     def split(self) -> str:
@@ -157,6 +163,10 @@ class Screen:
     def _path(self, *parts: str) -> str:
         return store.join(self.url, *parts)
 
+    def _owner(self, stage: str) -> Screen:
+        """The screen that a stage's files lie in."""
+        return self.segmented if self.segmented is not None and stage == "segment" else self
+
     # --- manifest ----------------------------------------------------------------------------
 
     def exists(self) -> bool:
@@ -186,10 +196,11 @@ class Screen:
 
     def done_units(self, stage: Literal["segment", "embed"]) -> set[WellKey]:
         """Wells whose table is there."""
-        return set(self._listed("cells" if stage == "segment" else "embeddings", ".parquet"))
+        return set(self._owner(stage)._listed("cells" if stage == "segment" else "embeddings", ".parquet"))
 
     def remove_stage(self, stage: Stage) -> None:
         """Remove everything that a stage has written, the tables that commit its units first."""
+        assert self._owner(stage) is self, "what is borrowed is not removed"
         written: dict[str, Sequence[str]] = {
             "segment": ("cells", "quality", "clips", "calibration"),
             "train": ("checkpoint", "split.parquet", "train"),
@@ -214,11 +225,11 @@ class Screen:
         """All recorded failures of a stage, in order of their units."""
         return [
             Failure(**store.read_json(self._failure(stage, well)))
-            for well in sorted(self._listed(f"failures/{stage}", ".json"))
+            for well in sorted(self._owner(stage)._listed(f"failures/{stage}", ".json"))
         ]
 
     def _failure(self, stage: str, well: WellKey) -> str:
-        return self._path("failures", stage, well.plate, f"{well.well}.json")
+        return self._owner(stage)._path("failures", stage, well.plate, f"{well.well}.json")
 
     def _listed(self, folder: str, suffix: str) -> Iterable[WellKey]:
         for plate in store.list_names(self._path(folder)):

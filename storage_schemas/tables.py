@@ -143,6 +143,24 @@ INDEX_IDS = TableForm(
     ),
 )
 
+SWEEP_RESULTS = TableForm(
+    "sweep_results",
+    1,
+    pa.schema(
+        [
+            ("ablation", pa.string()),
+            ("seed", pa.int32()),
+            ("test", pa.string()),  # what was held out: compound or replicate
+            ("contrast", pa.string()),  # the MOAs that retrieval was among
+            ("metric", pa.string()),
+            ("value", pa.float64()),  # null where there was nothing to score, like the three after it
+            ("low", pa.float64()),  # 95 % interval over compounds
+            ("high", pa.float64()),
+            ("chance", pa.float64()),
+        ]
+    ),
+)
+
 
 def embeddings_form(dimension: int) -> TableForm:
     """A row a cell: its key and its embedding, a fixed-size list of float32."""

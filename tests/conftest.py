@@ -127,9 +127,7 @@ def small_simulation() -> SimulationConfig:
 
 
 @pytest.fixture(scope="session")
-def small_screen(
-    tmp_path_factory: pytest.TempPathFactory, small_simulation: SimulationConfig, local_ray: None
-) -> Path:
+def small_screen(tmp_path_factory: pytest.TempPathFactory, small_simulation: SimulationConfig, local_ray: None) -> Path:
     """The folder of a small simulated screen: plates, tables, truth and run.yaml. Only to be read: copy it to edit."""
     from pipelines.simulate import simulate
 
