@@ -89,13 +89,9 @@ def segment_well(context: _Context, well: WellKey) -> Counts:
     for name, url in context.plates[well.plate].sites(well.well).items():
         image = open_site(url)
         clip_channels = config.channels.clips or image.channels
+        stack = image.read(projection=config.projection)
         try:
-            site = process_site(
-                image.read(projection=config.projection),
-                image.channels,
-                calibration,
-                config,
-            )
+            site = process_site(stack, image.channels, calibration, config)
         except InputError as error:
             raise InputError(f"{url}: {error}") from error
         if config.labels:
@@ -128,13 +124,15 @@ def _check_channels(config: SegmentConfig, inputs: Inputs) -> None:
 
 
 def _calibrate_plates(config: RunConfig, inputs: Inputs, screen: Screen) -> list[str]:
+    """Calibrate plates that are not, and again those with failed wells, whose sites may be readable by now."""
+    failed = {WellKey.parse(failure.unit).plate for failure in screen.failures("segment")}
     calibrate_one = ray.remote(num_cpus=config.resources.segment_cpus)(_calibrate_plate)
     tasks = [
         calibrate_one.remote(
             config.segment, plate, sorted(inputs.plate_map.query("plate == @plate.name")["well"]), screen
         )
         for plate in inputs.plates.values()
-        if not exists(screen.calibration(plate.name))
+        if plate.name in failed or not exists(screen.calibration(plate.name))
     ]
     ray.get(tasks)
     if config.segment.illumination.method == "none":
@@ -153,7 +151,15 @@ def _calibrate_plate(config: SegmentConfig, plate: Plate, wells: list[str], scre
         found = calibrate(_sample(config, plate, wells), config.illumination, percentiles)
     except InputError as error:
         raise InputError(f"{plate.url}: {error}") from error
-    write_calibration(screen.calibration(plate.name), found.flat_field, found.offset, found.low, found.high)
+    fields = found.flat_field, found.offset, found.low, found.high
+    url = screen.calibration(plate.name)
+    if exists(url):
+        pairs = zip(fields, read_calibration(url), strict=True)
+        if all(np.array_equal(np.asarray(new), np.asarray(old)) for new, old in pairs):
+            return
+        # What was cut with the old calibration would not compare with what is to be cut.
+        screen.remove_cells(plate.name)
+    write_calibration(url, *fields)
 
 
 def _sample(config: SegmentConfig, plate: Plate, wells: list[str]) -> Iterator[np.ndarray[Any, Any]]:
@@ -166,10 +172,14 @@ def _sample(config: SegmentConfig, plate: Plate, wells: list[str]) -> Iterator[n
                 image = open_site(url)
                 last = image.shape[0] - 1
                 frames = sorted({round(last * i / (_SAMPLED_FRAMES - 1)) for i in range(_SAMPLED_FRAMES)})
-                yield image.read(frames=frames, projection=config.projection)
+                stack = image.read(frames=frames, projection=config.projection)
             except InputError:
                 # The well's own unit will meet the same error and record it.
                 continue
+            # A frame that was never taken, or was lost, says nothing of the plate.
+            taken = stack.min(axis=(1, 2, 3)) < stack.max(axis=(1, 2, 3))
+            if taken.any():
+                yield stack[taken]
 
 
 def _cells_table(well: WellKey, name: str, site: Site, first_clip: int) -> pa.Table:

@@ -24,14 +24,10 @@ class EmbedConfig(Config):
     batch_size: int = Field(
         8, ge=1, description="clips at a time; small on a CPU, whose caches then hold the activations"
     )
-    read_clips: int = Field(
-        64, ge=1, description="clips read at a time; bounds an actor's memory"
-    )
+    read_clips: int = Field(64, ge=1, description="clips read at a time; bounds an actor's memory")
 
 
-def restore(
-    manifest: CheckpointManifest, weights: Mapping[str, NDArray[Any]]
-) -> tuple[I3DResNet, Normalisation]:
+def restore(manifest: CheckpointManifest, weights: Mapping[str, NDArray[Any]]) -> tuple[I3DResNet, Normalisation]:
     """Make the network of a checkpoint, in evaluation mode on the CPU, and the normalisation it was trained with.
 
     Raises:

@@ -92,9 +92,7 @@ class Cells:
         return Cells(**{name: column[which] for name, column in vars(self).items()})
 
 
-def evaluate(
-    query: Cells, gallery: Cells, config: EvaluationConfig, rng: np.random.Generator
-) -> dict[str, Any]:
+def evaluate(query: Cells, gallery: Cells, config: EvaluationConfig, rng: np.random.Generator) -> dict[str, Any]:
     """Score retrieval and prediction of MOAs.
 
     Cells without an MOA take no part; a query counts when its MOA occurs among its candidates
@@ -126,15 +124,12 @@ def evaluate(
     """
     result = _score(query, gallery, config, rng)
     result["contrasts"] = {
-        " vs ".join(moas): _score(_among(query, moas), _among(gallery, moas), config, rng)
-        for moas in config.contrasts
+        " vs ".join(moas): _score(_among(query, moas), _among(gallery, moas), config, rng) for moas in config.contrasts
     }
     return result
 
 
-def _score(
-    query: Cells, gallery: Cells, config: EvaluationConfig, rng: np.random.Generator
-) -> dict[str, Any]:
+def _score(query: Cells, gallery: Cells, config: EvaluationConfig, rng: np.random.Generator) -> dict[str, Any]:
     """One set of metrics, without contrasts."""
     asked, offered = len(query), len(gallery)
     query, gallery = _with_moa(query), _with_moa(gallery)
@@ -161,9 +156,7 @@ def _score(
     counted = ranking.n_matches > 0
     left_out["queries_without_match"] -= int(counted.sum())
     if not counted.any():
-        return _empty(
-            config, len(gallery), left_out, "no query has a gallery cell of its MOA to find"
-        )
+        return _empty(config, len(gallery), left_out, "no query has a gallery cell of its MOA to find")
     query = query.take(counted)
     query_group = [group for group, counts in zip(query_group, counted, strict=True) if counts]
     nearest = ranking.nearest[counted]
@@ -266,9 +259,7 @@ def _confusion(
     }
 
 
-def _crosstab(
-    true: npt.NDArray[Any], found: npt.NDArray[Any], moas: list[str]
-) -> npt.NDArray[np.int64]:
+def _crosstab(true: npt.NDArray[Any], found: npt.NDArray[Any], moas: list[str]) -> npt.NDArray[np.int64]:
     position = {moa: i for i, moa in enumerate(moas)}
     counts = np.zeros((len(moas), len(moas)), np.int64)
     rows, columns = ([position[str(moa)] for moa in side] for side in (true, found))
@@ -300,9 +291,7 @@ def _why_empty(query: Cells, gallery: Cells) -> str | None:
     return None
 
 
-def _empty(
-    config: EvaluationConfig, n_gallery: int, left_out: dict[str, int], note: str
-) -> dict[str, Any]:
+def _empty(config: EvaluationConfig, n_gallery: int, left_out: dict[str, int], note: str) -> dict[str, Any]:
     """The result when nothing can be scored: every value None, and a note that says why."""
     nothing = {"value": None, "low": None, "high": None, "chance": None}
     return {

@@ -59,18 +59,12 @@ def feature_names(channel_names: Sequence[str]) -> list[str]:
         for kind in OBJECTS
         for name in (
             *(f"{kind}_{shape}" for shape in _SHAPES),
-            *(
-                f"{kind}_{measure}_{channel}"
-                for channel in channel_names
-                for measure in _INTENSITIES
-            ),
+            *(f"{kind}_{measure}_{channel}" for channel in channel_names for measure in _INTENSITIES),
         )
     ]
 
 
-def measure(
-    nuclei: Labels, cells: Labels, stack: npt.NDArray[Any], channel_names: Sequence[str]
-) -> Tracks:
+def measure(nuclei: Labels, cells: Labels, stack: npt.NDArray[Any], channel_names: Sequence[str]) -> Tracks:
     """Measure every tracked cell in every frame.
 
     Args:
@@ -127,15 +121,11 @@ def _features(
             variance = np.where(variance <= 1e-12 * mean * mean, 0, variance)
             values[f"{kind}_mean_{name}"] = mean
             values[f"{kind}_sd_{name}"] = np.sqrt(variance)
-            values[f"{kind}_texture_{name}"] = np.where(
-                variance > 0, differences / pairs / (2 * variance), np.nan
-            )
+            values[f"{kind}_texture_{name}"] = np.where(variance > 0, differences / pairs / (2 * variance), np.nan)
     return {name: value.T.astype(np.float32) for name, value in values.items()}
 
 
-def _gather(
-    labels: Labels, stack: npt.NDArray[Any], n_tracks: int
-) -> tuple[Sums, Sums, npt.NDArray[np.int32]]:
+def _gather(labels: Labels, stack: npt.NDArray[Any], n_tracks: int) -> tuple[Sums, Sums, npt.NDArray[np.int32]]:
     n_frames, n_channels = stack.shape[:2]
     shape = np.zeros((n_frames, n_tracks, 6))
     intensity = np.zeros((n_frames, n_tracks, n_channels, 5))

@@ -132,9 +132,7 @@ def _mean_distances(
     compound_sum = np.array([_sum(query[of_compound.of(c)]) for c in range(shape[0])])
     moa_sum = np.array([_sum(gallery[of_moa.of(m)]) for m in range(shape[1])])
     similarity = compound_sum @ moa_sum.T
-    pairs = np.outer(
-        np.bincount(compound_code, minlength=shape[0]), np.bincount(moa_code, minlength=shape[1])
-    )
+    pairs = np.outer(np.bincount(compound_code, minlength=shape[0]), np.bincount(moa_code, minlength=shape[1]))
     for c in range(shape[0]):
         cells = of_compound.of(c)
         for group in np.unique(query_group[cells]):
@@ -172,9 +170,7 @@ def _table(
             "n_cells": np.repeat(n_cells, n_moas).astype(np.int64),
         }
     )
-    table = table.sort_values(
-        ["order", "share", "mean_distance", "moa"], ascending=[True, False, True, True]
-    )
+    table = table.sort_values(["order", "share", "mean_distance", "moa"], ascending=[True, False, True, True])
     return table[list(COLUMNS)].reset_index(drop=True)
 
 

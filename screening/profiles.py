@@ -71,9 +71,7 @@ class ProfilesConfig(Config):
     aggregate: Literal["mean", "median"] = Field(
         "mean", description="how cells are summed up a well, and wells a compound"
     )
-    normalise: Normalise = Field(
-        ToControls(), description="what the wells of a plate are compared with"
-    )
+    normalise: Normalise = Field(ToControls(), description="what the wells of a plate are compared with")
 
 
 def well_profiles(

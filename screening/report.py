@@ -172,9 +172,7 @@ def render(data: ReportData) -> str:
     )
 
 
-def embedding_map(
-    embeddings: NDArray[np.floating[Any]], rng: np.random.Generator
-) -> NDArray[np.float32]:
+def embedding_map(embeddings: NDArray[np.floating[Any]], rng: np.random.Generator) -> NDArray[np.float32]:
     """Positions of cells in a plane where neighbours in embedding space stay neighbours.
 
     Rows are scaled to unit length (retrieval is by cosine), reduced to at most 50 principal
@@ -280,9 +278,7 @@ def _groups(labels: Iterable[str]) -> dict[str, _Group]:
     ]
     styles = [(colour, marker) for marker in MARKERS for colour in PALETTE]
     known = sorted(names - {CONTROL, UNKNOWN}, key=_natural)
-    groups = {
-        name: _Group(name, str(i + 1), *styles[i]) for i, name in enumerate(known[: len(styles)])
-    }
+    groups = {name: _Group(name, str(i + 1), *styles[i]) for i, name in enumerate(known[: len(styles)])}
     rest = _Group(OTHER, "+", NEUTRAL, "s")
     return groups | dict.fromkeys(known[len(styles) :], rest) | {g.label: g for g in neutral}
 
@@ -343,8 +339,7 @@ def _table(frame: pd.DataFrame, name: str, caption: str) -> _Table | None:
         _Column(
             str(column),
             str(column).replace("_", " "),
-            pd.api.types.is_numeric_dtype(frame[column])
-            and not pd.api.types.is_bool_dtype(frame[column]),
+            pd.api.types.is_numeric_dtype(frame[column]) and not pd.api.types.is_bool_dtype(frame[column]),
         )
         for column in frame.columns
     ]
@@ -557,9 +552,7 @@ def _facts(provenance: Mapping[str, object]) -> list[_Fact]:
     facts = []
     for name, value in provenance.items():
         folded = isinstance(value, Mapping | list | tuple)
-        text = (
-            json.dumps(value, indent=2, default=str, ensure_ascii=False) if folded else str(value)
-        )
+        text = json.dumps(value, indent=2, default=str, ensure_ascii=False) if folded else str(value)
         facts.append(_Fact(str(name).replace("_", " "), text, folded))
     return facts
 
@@ -596,19 +589,14 @@ class _Plates:
     """Colours of the cell counts from 0 to `most_cells`, as CSS stops."""
 
 
-def _plates(
-    plate_maps: pd.DataFrame, mechanisms: Mapping[str, _Group], controls: set[str]
-) -> _Plates | None:
+def _plates(plate_maps: pd.DataFrame, mechanisms: Mapping[str, _Group], controls: set[str]) -> _Plates | None:
     if plate_maps.empty:
         return None
     counts = plate_maps["n_cells"] if "n_cells" in plate_maps else pd.Series([0])
     most = int(counts.max()) if counts.notna().any() else 0
     names = sorted(plate_maps["plate"].astype(str).unique(), key=_natural)
     plates = [
-        _plate(
-            name, plate_maps[plate_maps["plate"].astype(str) == name], mechanisms, controls, most
-        )
-        for name in names
+        _plate(name, plate_maps[plate_maps["plate"].astype(str) == name], mechanisms, controls, most) for name in names
     ]
     gradient = ", ".join(_count_colour(share, 1) for share in np.linspace(0, 1, 9))
     return _Plates(plates, most, gradient)
@@ -662,9 +650,7 @@ def _well_positions(names: Sequence[str]) -> list[tuple[int, int]]:
     n_rows, n_columns = _plate_shape(named) if named else (0, 12)
     beneath = iter(range(len(names)))
     return [
-        (_row_index(m[1]), int(m[2]) - 1)
-        if m
-        else (n_rows + (i := next(beneath)) // n_columns, i % n_columns)
+        (_row_index(m[1]), int(m[2]) - 1) if m else (n_rows + (i := next(beneath)) // n_columns, i % n_columns)
         for m in matches
     ]
 
@@ -778,9 +764,7 @@ def _svg(axes: Axes, prefix: str) -> Markup:
     figure = axes.get_figure(root=True)
     assert figure is not None
     buffer = io.StringIO()
-    with matplotlib.rc_context(
-        {"svg.fonttype": "none", "svg.hashsalt": prefix, "text.parse_math": False}
-    ):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": prefix, "text.parse_math": False}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
@@ -901,8 +885,7 @@ def _clip(example: Example, brightest: Mapping[str, float]) -> _Clip:
     return _Clip(
         title=example.title,
         caption=example.caption,
-        alt=f"{example.title}: a cell in {len(images)} frames, channels {channels}. "
-        f"{example.caption}",
+        alt=f"{example.title}: a cell in {len(images)} frames, channels {channels}. {example.caption}",
         moving=_webp(images),
         still=_webp(images[len(images) // 2 : len(images) // 2 + 1]),
         width=images[0].width,

@@ -105,9 +105,7 @@ def rank(
     hits = np.bincount(first_match[counted], minlength=max_rank + 1)[1 : max_rank + 1]
     return Ranking(
         cmc=np.cumsum(hits) / n_counted if n_counted else np.full(max_rank, np.nan),
-        mean_average_precision=(
-            float(average_precision[counted].mean()) if n_counted else float("nan")
-        ),
+        mean_average_precision=(float(average_precision[counted].mean()) if n_counted else float("nan")),
         average_precision=average_precision,
         first_match=first_match,
         nearest=closest,

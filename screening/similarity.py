@@ -46,9 +46,7 @@ def build(vectors: npt.ArrayLike) -> faiss.IndexFlatIP:
     return index
 
 
-def search(
-    index: faiss.IndexFlatIP, vectors: npt.ArrayLike, k: int
-) -> tuple[Vectors, npt.NDArray[np.int64]]:
+def search(index: faiss.IndexFlatIP, vectors: npt.ArrayLike, k: int) -> tuple[Vectors, npt.NDArray[np.int64]]:
     """Find the k nearest indexed vectors of each query vector.
 
     Args:

@@ -110,25 +110,17 @@ MECHANISMS: Final[Mapping[Moa, Mechanism]] = MappingProxyType(
         ),
         # Osmotic swelling of the matrix by potassium influx, as under valinomycin (Kaasik et al.,
         # Pflugers Arch 2007): round, ring-like mitochondria, weakly depolarised.
-        "potassium ionophore": Mechanism(
-            "inner mitochondrial membrane", {Dial.SWELLING: 1.0, Dial.POLARISATION: -0.3}
-        ),
+        "potassium ionophore": Mechanism("inner mitochondrial membrane", {Dial.SWELLING: 1.0, Dial.POLARISATION: -0.3}),
         # Without kinesin-1 mitochondria are not carried outwards and collapse around the nucleus
         # (Tanaka et al., Cell 1998).
         "kinesin inhibitor": Mechanism("KIF5B", {Dial.CLUSTERING: 1.0}),
         # Protonophores (FCCP) dissipate the potential within minutes.
-        "uncoupler": Mechanism(
-            "inner mitochondrial membrane", _DEPOLARISED, midpoint=(0.06, 0.14), width=0.04
-        ),
+        "uncoupler": Mechanism("inner mitochondrial membrane", _DEPOLARISED, midpoint=(0.06, 0.14), width=0.04),
         # Without respiration the ATP synthase runs in reverse and holds the potential until the
         # cell's ATP is spent (Nicholls & Ward, Trends Neurosci 2000): late, but equally far.
-        "respiratory chain inhibitor": Mechanism(
-            "MT-ND1", _DEPOLARISED, midpoint=(0.62, 0.74), width=0.07
-        ),
+        "respiratory chain inhibitor": Mechanism("MT-ND1", _DEPOLARISED, midpoint=(0.62, 0.74), width=0.07),
         # DNA damage arrests cells in G2 with enlarged, even nuclei; cells spread and do not divide.
-        "topoisomerase inhibitor": Mechanism(
-            "TOP2A", {Dial.NUCLEUS_SIZE: 0.36, Dial.CELL_SIZE: 0.08}, arrests=True
-        ),
+        "topoisomerase inhibitor": Mechanism("TOP2A", {Dial.NUCLEUS_SIZE: 0.36, Dial.CELL_SIZE: 0.08}, arrests=True),
         # Apoptosis: shrinkage, condensed chromatin, fragmented mitochondria (Kroemer et al., Cell
         # Death Differ 2009), and cells that die.
         "apoptosis inducer": Mechanism(
@@ -188,13 +180,9 @@ class SimulationConfig(Config):
 
     seed: int = Field(0, ge=0, description="seed of everything random in the screen")
     replicates: int = Field(3, ge=1, description="replicate plates, each holding every well once")
-    moas: tuple[Moa, ...] = Field(
-        get_args(Moa), min_length=1, description="mechanisms of action on the plates"
-    )
+    moas: tuple[Moa, ...] = Field(get_args(Moa), min_length=1, description="mechanisms of action on the plates")
     compounds_per_moa: int = Field(4, ge=1, description="compounds per mechanism of action")
-    doses_um: tuple[float, ...] = Field(
-        (10.0,), min_length=1, description="concentrations of each compound [uM]"
-    )
+    doses_um: tuple[float, ...] = Field((10.0,), min_length=1, description="concentrations of each compound [uM]")
     controls_per_plate: int = Field(6, ge=0, description="wells with DMSO alone on each plate")
     sites_per_well: int = Field(1, ge=1, description="fields of view per well")
     frames: int = Field(8, ge=2, description="time points; the drug is given just before the first")
@@ -208,15 +196,11 @@ class SimulationConfig(Config):
     )
     division_rate: float = Field(0.008, ge=0, le=1, description="divisions per cell and hour")
     death_rate: float = Field(0.003, ge=0, le=1, description="deaths per untreated cell and hour")
-    exposure: float = Field(
-        1.0, gt=0, description="light collected, relative to the default; less is noisier"
-    )
+    exposure: float = Field(1.0, gt=0, description="light collected, relative to the default; less is noisier")
     read_noise: float = Field(3.0, ge=0, description="camera's read noise, sd [electrons]")
     out_of_focus_rate: float = Field(0.02, ge=0, le=1, description="share of frames out of focus")
     debris_per_site: float = Field(0.4, ge=0, description="mean number of saturated specks")
-    batch_effect: float = Field(
-        1.0, ge=0, le=1.5, description="strength of the differences between plates; 0 is none"
-    )
+    batch_effect: float = Field(1.0, ge=0, le=1.5, description="strength of the differences between plates; 0 is none")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -224,8 +208,7 @@ class SimulationConfig(Config):
             raise ValueError("moas and doses_um must not repeat a value")
         if min(self.doses_um) <= 0:
             raise ValueError(
-                f"doses_um must be positive, got {self.doses_um}; "
-                "untreated wells come from controls_per_plate"
+                f"doses_um must be positive, got {self.doses_um}; untreated wells come from controls_per_plate"
             )
         wells, largest = _wells_per_plate(self), _PLATE_FORMATS[-1][0] * _PLATE_FORMATS[-1][1]
         if wells > largest:
@@ -480,9 +463,7 @@ def simulate_site(config: SimulationConfig, plate: str, well: str, site: int) ->
     return _image(config, _plate(config, plate), population, anatomy, dials, rng)
 
 
-def _contents(
-    config: SimulationConfig, plate: str, well: str, site: int
-) -> tuple[_Compound | None, float]:
+def _contents(config: SimulationConfig, plate: str, well: str, site: int) -> tuple[_Compound | None, float]:
     """The compound (None for the control) and concentration in a well that the screen has."""
     if plate not in _plate_names(config):
         raise InputError(_unknown("plate", plate, _plate_names(config)))
@@ -562,9 +543,7 @@ def _inherited(values: Float, population: _Population) -> Float:
 # --------------------------------------------------------------------------------------------------
 
 
-def _populate(
-    config: SimulationConfig, death: Float, division: Float, rng: np.random.Generator
-) -> _Population:
+def _populate(config: SimulationConfig, death: Float, division: Float, rng: np.random.Generator) -> _Population:
     """Cells that wander, keep their distance, divide (at most once) and die.
 
     A dividing cell's last frame shows it round with condensed chromatin; its daughters begin in the
@@ -645,8 +624,7 @@ def _anatomy(population: _Population, rng: np.random.Generator) -> _Anatomy:
     wobble = rng.normal(0, 1, (2, n, _FILAMENTS, n_frames)).cumsum(axis=3)
     return _Anatomy(
         nucleus_axes=np.stack([size * np.sqrt(aspect), size / np.sqrt(aspect)], axis=1),
-        nucleus_angle=rng.uniform(0, np.pi, (n, 1))
-        + rng.normal(0, 0.08, (n, n_frames)).cumsum(axis=1),
+        nucleus_angle=rng.uniform(0, np.pi, (n, 1)) + rng.normal(0, 0.08, (n, n_frames)).cumsum(axis=1),
         texture=_chromatin(n, rng),
         radius=radius,
         amplitude=harmonics * np.abs(rng.normal(1, 0.5, (n, len(harmonics)))),
@@ -669,9 +647,7 @@ def _filaments(radius: Float, rng: np.random.Generator) -> tuple[Float, Float]:
     start_angle = rng.uniform(0, 2 * np.pi, shape[:2])
     start_radius = rng.uniform(0.35, 0.88, shape[:2])
     turn = rng.normal(0, 0.16, shape).cumsum(axis=2)
-    heading = (start_angle + rng.normal(0, 0.9, shape[:2]) + np.pi * rng.integers(0, 2, shape[:2]))[
-        :, :, None
-    ] + turn
+    heading = (start_angle + rng.normal(0, 0.9, shape[:2]) + np.pi * rng.integers(0, 2, shape[:2]))[:, :, None] + turn
     step = (_POINT_STEP / radius)[:, None, None]
     # The walk's middle, the part an unfused cell shows, begins where the filament was placed.
     walk = [(step * f(heading)).cumsum(axis=2) for f in (np.cos, np.sin)]
@@ -714,9 +690,7 @@ def _image(
     shape = (config.frames, config.height, config.width)
     stack = np.empty((shape[0], len(CHANNELS), *shape[1:]), np.uint16)
     nuclei, cells = np.empty(shape, np.int32), np.empty(shape, np.int32)
-    stage = np.clip(
-        rng.normal(0, _STAGE_STEP, (config.frames, 2)).cumsum(axis=0), -_STAGE_RANGE, _STAGE_RANGE
-    )
+    stage = np.clip(rng.normal(0, _STAGE_STEP, (config.frames, 2)).cumsum(axis=0), -_STAGE_RANGE, _STAGE_RANGE)
     bad = rng.random(config.frames) < config.out_of_focus_rate
     sigma = np.where(bad, rng.uniform(*_DEFOCUSED_SIGMA, config.frames), _PSF_SIGMA)
     specks = rng.uniform([0, 0, 1.0], [*shape[1:], 2.2], (rng.poisson(config.debris_per_site), 3))
@@ -845,9 +819,7 @@ def _scene(
     return _Scene(light, nuclei, cells)
 
 
-def _labels(
-    config: SimulationConfig, shape: _Shape, ids: NDArray[np.int64]
-) -> tuple[Labels, Labels]:
+def _labels(config: SimulationConfig, shape: _Shape, ids: NDArray[np.int64]) -> tuple[Labels, Labels]:
     """True labels of one frame; where cells overlap the later lies on top, nuclei above all."""
     nuclei = np.zeros((config.height, config.width), np.int32)
     cells = np.zeros_like(nuclei)

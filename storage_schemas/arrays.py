@@ -63,8 +63,8 @@ def read(url: str, array: zarr.Array[Any], selection: Any) -> NDArray[Any]:
     except Exception as error:
         raise SchemaError(
             url,
-            f"cannot be read at {selection}: a chunk is truncated, corrupt or unreachable "
-            f"({_first_line(error)}); write it again from its source",
+            f"cannot be read: a chunk is truncated, corrupt or unreachable ({_first_line(error)}); write it again from "
+            "its source",
         ) from error
 
 

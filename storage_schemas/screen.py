@@ -198,6 +198,10 @@ class Screen:
         """Wells whose table is there."""
         return set(self._owner(stage)._listed("cells" if stage == "segment" else "embeddings", ".parquet"))
 
+    def remove_cells(self, plate: str) -> None:
+        """Remove a plate's tables of cells, so that `segment` does its wells again."""
+        store.remove(self._path("cells", plate))
+
     def remove_stage(self, stage: Stage) -> None:
         """Remove everything that a stage has written, the tables that commit its units first."""
         assert self._owner(stage) is self, "what is borrowed is not removed"

@@ -106,11 +106,7 @@ def violations(module: str, source: str) -> list[str]:
             broken.append(f"{where} imports {found.package}, which {floor} may not know")
         if found.module == "ray" and found.name == "tune" and found.alias != "ray_tune":
             broken.append(f"{where} imports ray.tune under the name of our own package")
-        if (
-            module in QUERY
-            and found.package not in QUERY_MAY_IMPORT
-            and found.package not in sys.stdlib_module_names
-        ):
+        if module in QUERY and found.package not in QUERY_MAY_IMPORT and found.package not in sys.stdlib_module_names:
             broken.append(f"{where} imports {found.package}, and a query would wait for it")
     return broken
 
@@ -128,9 +124,7 @@ def our_modules() -> dict[str, str]:
 
 
 def test_imports_go_down_only() -> None:
-    assert [
-        broken for module, source in our_modules().items() for broken in violations(module, source)
-    ] == []
+    assert [broken for module, source in our_modules().items() for broken in violations(module, source)] == []
 
 
 def test_every_named_module_exists() -> None:
@@ -148,9 +142,7 @@ def test_every_imported_library_is_declared() -> None:
     } - {*PACKAGES, *sys.stdlib_module_names}
     made_by = packages_distributions()
     assert {
-        library
-        for library in libraries
-        if not declared & {name.lower() for name in made_by.get(library, [library])}
+        library for library in libraries if not declared & {name.lower() for name in made_by.get(library, [library])}
     } == set()
 
 
@@ -223,8 +215,6 @@ def test_a_kept_rule_is_left_alone(module: str, source: str) -> None:
 )
 def test_what_starts_fast_loads_little(modules: tuple[str, ...], unwanted: tuple[str, ...]) -> None:
     script = f"import sys, {', '.join(modules)}\nprint(*({set(unwanted)!r} & set(sys.modules)))"
-    ran = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    ran = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.strip() == ""

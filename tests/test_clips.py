@@ -35,19 +35,13 @@ def measured(stack: np.ndarray, cells: np.ndarray) -> features.Tracks:
     return features.measure(cells, cells, stack, ("a", "b"))
 
 
-def cut(
-    stack: np.ndarray, cells: np.ndarray, ids: list[int], bad: list[int], config: ClipsConfig
-) -> np.ndarray:
+def cut(stack: np.ndarray, cells: np.ndarray, ids: list[int], bad: list[int], config: ClipsConfig) -> np.ndarray:
     flags = np.isin(np.arange(len(stack)), bad)
     frames = clips.choose_frames(len(stack), config)
-    return clips.cut(
-        stack, cells, measured(stack, cells), np.array(ids, int), frames, flags, LOW, HIGH, config
-    )
+    return clips.cut(stack, cells, measured(stack, cells), np.array(ids, int), frames, flags, LOW, HIGH, config)
 
 
-def naive_cut(
-    stack: np.ndarray, cells: np.ndarray, ids: list[int], bad: list[int], config: ClipsConfig
-) -> np.ndarray:
+def naive_cut(stack: np.ndarray, cells: np.ndarray, ids: list[int], bad: list[int], config: ClipsConfig) -> np.ndarray:
     """The same one window at a time: find the frames by search, pad, slice, mask, resize."""
 
     def box(track: int, frame: int) -> tuple[int, int, int, int]:
@@ -58,10 +52,7 @@ def naive_cut(
     out = []
     for track in ids:
         seen = [t for t in good if (cells[t] == track).any()]
-        shown = [
-            min(good, key=lambda t: (abs(t - frame), t))
-            for frame in clips.choose_frames(len(stack), config)
-        ]
+        shown = [min(good, key=lambda t: (abs(t - frame), t)) for frame in clips.choose_frames(len(stack), config)]
         held = [min(seen, key=lambda t: (abs(t - frame), t)) for frame in shown]
         if isinstance(config.window, FixedWindow):
             side = config.window.size
@@ -103,9 +94,7 @@ def naive_cut(
         (TrackWindow(max_size=12), 12),
     ],
 )
-def test_equals_one_window_at_a_time(
-    mask: str, window: FixedWindow | TrackWindow, size: int
-) -> None:
+def test_equals_one_window_at_a_time(mask: str, window: FixedWindow | TrackWindow, size: int) -> None:
     stack, cells = site()
     cells[2][cells[2] == 3] = 0
     cells[:2][cells[:2] == 1] = 0
@@ -264,9 +253,7 @@ def test_whatever_is_kept_can_be_cut(seed: int, bad: set[int], repair: bool) -> 
     rng = np.random.default_rng(seed)
     for frame, track in np.argwhere(rng.random((6, 5)) < 0.3):
         cells[frame][cells[frame] == track] = 0
-    config = ClipsConfig(
-        frames=4, window=TrackWindow(), size=8, max_missing=0.9, max_bad=1, repair=repair
-    )
+    config = ClipsConfig(frames=4, window=TrackWindow(), size=8, max_missing=0.9, max_bad=1, repair=repair)
     kept = [i + 1 for i, why in enumerate(reasons(cells, sorted(bad), config)) if not why]
     assert cut(stack, cells, kept, sorted(bad), config).shape == (len(kept), 2, 4, 8, 8)
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def test_printed_default_holds_every_key_and_a_comment_above_each() -> None:
     text = commented_default()
     assert sorted(leaves(yaml.safe_load(text))) == DEFAULT_KEYS
     lines = text.splitlines()
-    for above, line in zip(lines, lines[1:], strict=False):
+    for above, line in pairwise(lines):
         if not line.lstrip().startswith("#"):
             assert re.fullmatch(r" *# \S.*", above), f"no comment above {line!r}"
             assert len(above) - len(above.lstrip()) == len(line) - len(line.lstrip())

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from runs import Run, digests
+
 from screening.simulation import KINETIC_PAIR
 
 

@@ -35,18 +35,14 @@ def test_values_are_those_of_retrieval_and_vote() -> None:
     query, gallery = cells(rng, 40, ["c0", "c2", "c4"]), cells(rng, 90, ["c1", "c3", "c5", "DMSO"])
     result = evaluate(query, gallery, EvaluationConfig(n_bootstrap=50), np.random.default_rng(1))
     known = gallery.take(np.array([m is not None for m in gallery.moa]))
-    ranking = retrieval.rank(
-        query.embedding, query.moa, np.zeros(40), known.embedding, known.moa, np.ones(len(known))
-    )
+    ranking = retrieval.rank(query.embedding, query.moa, np.zeros(40), known.embedding, known.moa, np.ones(len(known)))
     assert result["rank1"]["value"] == pytest.approx(ranking.cmc[0])
     assert result["rank5"]["value"] == pytest.approx(ranking.cmc[4])
     assert result["map"]["value"] == pytest.approx(ranking.mean_average_precision)
     assert result["cmc"] == pytest.approx(ranking.cmc.tolist())
     assert len(result["cmc"]) == 50
     table = vote(query.embedding, query.compound, known.embedding, known.moa, known.compound)
-    right = [
-        rows["moa"].iloc[0] == MOAS[name] for name, rows in table.groupby("compound", sort=False)
-    ]
+    right = [rows["moa"].iloc[0] == MOAS[name] for name, rows in table.groupby("compound", sort=False)]
     assert result["accuracy"]["value"] == pytest.approx(np.mean(right))
     assert result["n_queries"] == 40
     assert result["n_compounds"] == 3
@@ -59,9 +55,7 @@ def test_chance_is_the_score_of_random_embeddings_and_good_ones_exclude_it() -> 
     rng = np.random.default_rng(2)
     compounds = list(MOAS)[:-1]
     config = EvaluationConfig(n_bootstrap=200)
-    random = evaluate(
-        cells(rng, 2000, compounds, 1e6), cells(rng, 200, compounds, 1e6), config, rng
-    )
+    random = evaluate(cells(rng, 2000, compounds, 1e6), cells(rng, 200, compounds, 1e6), config, rng)
     good = evaluate(cells(rng, 300, compounds), cells(rng, 120, compounds), config, rng)
     for name in ("rank1", "rank5", "rank10", "map"):
         assert random[name]["value"] == pytest.approx(random[name]["chance"], abs=0.05)
@@ -80,9 +74,7 @@ def test_interval_resamples_compounds_with_all_their_cells() -> None:
         np.array(["p"] * 400, object),
         np.array(["w"] * 400, object),
     )
-    rank1 = evaluate(query, gallery, EvaluationConfig(n_bootstrap=400), np.random.default_rng(3))[
-        "rank1"
-    ]
+    rank1 = evaluate(query, gallery, EvaluationConfig(n_bootstrap=400), np.random.default_rng(3))["rank1"]
     assert (rank1["low"], rank1["value"], rank1["high"]) == (0.0, 0.75, 1.0)
     assert rank1["chance"] == pytest.approx(0.5)
 
@@ -95,9 +87,7 @@ def test_same_seed_same_result() -> None:
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize(
-    ("exclude", "expected"), [("plate_and_compound", 1), ("well", 2), ("compound", 0)]
-)
+@pytest.mark.parametrize(("exclude", "expected"), [("plate_and_compound", 1), ("well", 2), ("compound", 0)])
 def test_exclusion_leaves_out_what_it_says(exclude: str, expected: int) -> None:
     """One query; one gallery cell of its compound and plate, one of another plate."""
     columns = (["x", "x"], ["c", "c"], ["p1", "p2"], ["B", "A"])
@@ -105,9 +95,7 @@ def test_exclusion_leaves_out_what_it_says(exclude: str, expected: int) -> None:
     query = Cells(np.ones((1, 3)), *(np.array([v], object) for v in ("x", "c", "p1", "A")))
     groups = [evaluation._groups(side, exclude) for side in (query, gallery)]
     assert sum(g != groups[0][0] for g in groups[1]) == expected
-    result = evaluate(
-        query, gallery, EvaluationConfig(exclude=exclude, n_bootstrap=5), np.random.default_rng(0)
-    )
+    result = evaluate(query, gallery, EvaluationConfig(exclude=exclude, n_bootstrap=5), np.random.default_rng(0))
     assert result["n_queries"] == (expected > 0)
     check_json(result)
 
@@ -133,9 +121,7 @@ def test_contrasts_see_their_moas_only() -> None:
     assert set(result["contrasts"]) == {"x vs z", "y vs unknown"}
     contrast = result["contrasts"]["x vs z"]
     kept = [np.isin(side.moa.astype(str), ["x", "z"]) for side in (query, gallery)]
-    alone = evaluate(
-        query.take(kept[0]), gallery.take(kept[1]), EvaluationConfig(n_bootstrap=20), rng
-    )
+    alone = evaluate(query.take(kept[0]), gallery.take(kept[1]), EvaluationConfig(n_bootstrap=20), rng)
     assert contrast["n_gallery"] == kept[1].sum()
     assert contrast["rank1"]["value"] == alone["rank1"]["value"]
     assert contrast["rank1"]["chance"] == alone["rank1"]["chance"]
@@ -153,13 +139,9 @@ def test_contrasts_see_their_moas_only() -> None:
         (["c0"], ["c2", "c3"], "no query has a gallery cell of its MOA"),
     ],
 )
-def test_nothing_to_score_is_said_not_raised(
-    compounds: list[str], gallery_compounds: list[str], note: str
-) -> None:
+def test_nothing_to_score_is_said_not_raised(compounds: list[str], gallery_compounds: list[str], note: str) -> None:
     rng = np.random.default_rng(8)
-    query, gallery = (
-        cells(rng, 5 * bool(names), names or ["c0"]) for names in (compounds, gallery_compounds)
-    )
+    query, gallery = (cells(rng, 5 * bool(names), names or ["c0"]) for names in (compounds, gallery_compounds))
     config = EvaluationConfig(contrasts=(("x", "y"),))
     result = evaluate(query, gallery, config, rng)
     assert note in result["note"]

@@ -50,9 +50,7 @@ def test_equals_regionprops_object_by_object() -> None:
                 at = (region.label - 1, frame)
                 got = {name: values[at] for name, values in tracks.features.items()}
                 assert got[f"{kind}_area"] == region.area
-                np.testing.assert_allclose(
-                    got[f"{kind}_eccentricity"], region.eccentricity, atol=1e-5
-                )
+                np.testing.assert_allclose(got[f"{kind}_eccentricity"], region.eccentricity, atol=1e-5)
                 for channel, name in enumerate(CHANNELS):
                     plane = stack[frame, channel]
                     values = plane[labels[frame] == region.label]
@@ -106,9 +104,7 @@ def test_non_finite_pixels_count_for_shape_only() -> None:
     np.testing.assert_allclose(tracks.features["cell_mean_dna"][0, 0], left.mean(), rtol=1e-6)
     assert np.isnan(tracks.features["cell_mean_tmrm"][1, 0])
     np.testing.assert_array_equal(tracks.features["cell_area"], whole.features["cell_area"])
-    np.testing.assert_array_equal(
-        tracks.features["cell_mean_dna"][1:], whole.features["cell_mean_dna"][1:]
-    )
+    np.testing.assert_array_equal(tracks.features["cell_mean_dna"][1:], whole.features["cell_mean_dna"][1:])
 
 
 @pytest.mark.parametrize("dtype", ["u1", ">u2", "<i4", "f2", "f8"])

@@ -19,9 +19,7 @@ def vignette(height: int, width: int) -> np.ndarray:
     return field / field.mean()
 
 
-def simulate(
-    rng: np.random.Generator, shape: tuple[int, int], n_frames: int = 1, offset: float = 100
-) -> np.ndarray:
+def simulate(rng: np.random.Generator, shape: tuple[int, int], n_frames: int = 1, offset: float = 100) -> np.ndarray:
     """Discs on a lit background under a vignette, over a camera offset: (T, 2, H, W) uint16."""
     height, width = shape
     light = np.zeros(shape, np.float32)

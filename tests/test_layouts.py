@@ -30,17 +30,13 @@ MITOCHECK = PatternLayout(
     well="B02",
     channel="H2B",
 )
-FLAT = PatternLayout(
-    pattern=r"^(?P<well>\w+?)_s(?P<site>\w+)_t(?P<time>\d+)_c(?P<channel>\w+)_z(?P<z>\d+)\.tif$"
-)
+FLAT = PatternLayout(pattern=r"^(?P<well>\w+?)_s(?P<site>\w+)_t(?P<time>\d+)_c(?P<channel>\w+)_z(?P<z>\d+)\.tif$")
 
 # Written out, not computed, so that it can judge what is computed.
 ROWS = [*"ABCDEFGHIJKLMNOPQRSTUVWXYZ", "AA", "AB", "AC", "AD", "AE", "AF"]
 
 wells = st.tuples(st.integers(1, MAX_ROWS), st.integers(1, MAX_COLUMNS))
-planes = st.tuples(
-    wells, st.integers(0, 99), st.integers(0, 999), st.integers(0, 9), st.integers(0, 30)
-)
+planes = st.tuples(wells, st.integers(0, 99), st.integers(0, 999), st.integers(0, 9), st.integers(0, 30))
 
 
 def relative_files(folder: Path) -> list[str]:
@@ -64,9 +60,7 @@ def test_generated_names_are_read_back(
     shuffled = list(names)
     chance.shuffle(shuffled)
     table = parse(shuffled, FLAT).table
-    assert dict(
-        zip(table["path"], table[PLANE].itertuples(index=False, name=None), strict=True)
-    ) == (names)
+    assert dict(zip(table["path"], table[PLANE].itertuples(index=False, name=None), strict=True)) == (names)
     in_order = sorted(wanted)
     assert [names[path] for path in table["path"]] == [
         (f"{ROWS[row - 1]}{column:02d}", str(site), time, f"w{channel}", z)
@@ -84,9 +78,7 @@ def test_wells_have_one_spelling(well: tuple[int, int]) -> None:
     assert checked_well(f" {name.lower()}") == name
 
 
-@pytest.mark.parametrize(
-    "well", ["AG01", "A49", "A00", "A0", "0002", "B", "", "B2B", "../B02", "AAA1", "B-2"]
-)
+@pytest.mark.parametrize("well", ["AG01", "A49", "A00", "A0", "0002", "B", "", "B2B", "../B02", "AAA1", "B-2"])
 def test_wells_of_no_plate_are_refused(well: str) -> None:
     with pytest.raises(InputError, match="well"):
         checked_well(well)
@@ -166,8 +158,7 @@ def test_plates_are_not_mixed() -> None:
 
 def complete(times: list[int], wells: tuple[str, ...] = ("B02", "B03")) -> list[str]:
     return [
-        f"{well}_s1_t{time}_c{channel}_z{z}.tif"
-        for well, time, channel, z in product(wells, times, (1, 2), (0, 1))
+        f"{well}_s1_t{time}_c{channel}_z{z}.tif" for well, time, channel, z in product(wells, times, (1, 2), (0, 1))
     ]
 
 
@@ -196,9 +187,7 @@ def test_exactly_the_planes_taken_away_are_missing(data: st.DataObject) -> None:
         ([0, 1, 20231118135839], []),
     ],
 )
-def test_a_time_missing_everywhere_is_seen_on_an_even_grid(
-    times: list[int], gaps: list[int]
-) -> None:
+def test_a_time_missing_everywhere_is_seen_on_an_even_grid(times: list[int], gaps: list[int]) -> None:
     missing = missing_planes(parse(complete(times), FLAT).table)
     assert sorted(set(missing["time"])) == gaps
     assert len(missing) == 2 * 2 * 2 * len(gaps)
@@ -209,9 +198,7 @@ def test_the_mitocheck_movie_is_one_site_of_thirty_frames(real_data: Path) -> No
     planes = parse(names, MITOCHECK)
     assert planes.ignored == []
     assert list(planes.table["time"]) == list(range(30))
-    assert planes.table[["well", "site", "channel", "z"]].drop_duplicates().values.tolist() == [
-        ["B02", "1", "H2B", 0]
-    ]
+    assert planes.table[["well", "site", "channel", "z"]].drop_duplicates().values.tolist() == [["B02", "1", "H2B", 0]]
     assert missing_planes(planes.table).empty
     without_frame_15 = missing_planes(planes.table.drop(index=15))
     assert without_frame_15["time"].tolist() == [15]
@@ -226,9 +213,7 @@ def test_the_mitocheck_movie_is_one_site_of_thirty_frames(real_data: Path) -> No
         ("9987_Plate_3435", 16, {"well": 2, "site": 2, "time": 2, "channel": 2, "z": 1}),
     ],
 )
-def test_imagexpress_exports(
-    real_data: Path, plate: str, files: int, counts: dict[str, int]
-) -> None:
+def test_imagexpress_exports(real_data: Path, plate: str, files: int, counts: dict[str, int]) -> None:
     names = relative_files(real_data / "vendor_layouts" / "ImageXpress" / plate)
     planes = parse(names, IMAGEXPRESS)
     assert len(planes.table) == files

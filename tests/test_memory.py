@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import yaml
 from runs import PeakMemory, Run
+
 from screening.simulation import CHANNELS, SimulationConfig, design, simulate_site
 from storage_schemas.plate import create_well, list_wells
 
@@ -73,5 +74,6 @@ def peaks(folder: Path, n_plates: int) -> dict[str, int]:
 @pytest.mark.slow
 def test_four_times_the_wells_take_no_more_memory(tmp_path: Path) -> None:
     few, many = peaks(tmp_path / "few", 1), peaks(tmp_path / "many", 4)
+    print(few, many)
     for stage in ("segment", "embed"):
         assert many[stage] < 1.1 * few[stage], f"{stage}: {few[stage] / 2**20:.0f} → {many[stage] / 2**20:.0f} MiB"

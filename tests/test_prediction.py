@@ -22,22 +22,14 @@ def vote_by_loops(
     rows = []
     for name in dict.fromkeys(compound):
         cells = [i for i in range(len(query)) if compound[i] == name]
-        candidates = [
-            j
-            for j in range(len(gallery))
-            if moa[j] is not None and not (exclude and g_compound[j] == name)
-        ]
+        candidates = [j for j in range(len(gallery)) if moa[j] is not None and not (exclude and g_compound[j] == name)]
         votes = []
         for i in cells:
             if candidates:
-                votes.append(
-                    moa[min(candidates, key=lambda j: (distance(query[i], gallery[j]), j))]
-                )
+                votes.append(moa[min(candidates, key=lambda j: (distance(query[i], gallery[j]), j))])
         table = []
         for each in {m for m in moa if m is not None}:
-            pairs = [
-                distance(query[i], gallery[j]) for i in cells for j in candidates if moa[j] == each
-            ]
+            pairs = [distance(query[i], gallery[j]) for i in cells for j in candidates if moa[j] == each]
             mean = sum(pairs) / len(pairs) if pairs else math.nan
             share = votes.count(each) / len(votes) if votes else 0.0
             table.append((name, each, share, mean, len(votes)))
@@ -58,9 +50,7 @@ def test_vote_is_what_the_loop_says(seed: int, exclude: bool) -> None:
     table = vote(query, compound, gallery, moa, g_compound, exclude_same_compound=exclude)
     expected = vote_by_loops(query, compound, gallery, moa, g_compound, exclude)
     assert tuple(table.columns) == COLUMNS
-    pd.testing.assert_frame_equal(
-        table, pd.DataFrame(expected, columns=list(COLUMNS)), check_dtype=False, rtol=1e-9
-    )
+    pd.testing.assert_frame_equal(table, pd.DataFrame(expected, columns=list(COLUMNS)), check_dtype=False, rtol=1e-9)
 
 
 def test_shares_add_up_and_order_is_share_then_distance() -> None:
@@ -82,9 +72,7 @@ def test_a_compound_with_only_itself_in_the_gallery_has_no_votes() -> None:
 
 @pytest.mark.parametrize(("n", "n_gallery"), [(0, 3), (3, 0), (0, 0)])
 def test_nothing_to_ask_or_to_find_is_an_empty_table(n: int, n_gallery: int) -> None:
-    table = vote(
-        np.ones((n, 2)), ["a"] * n, np.ones((n_gallery, 2)), ["x"] * n_gallery, ["b"] * n_gallery
-    )
+    table = vote(np.ones((n, 2)), ["a"] * n, np.ones((n_gallery, 2)), ["x"] * n_gallery, ["b"] * n_gallery)
     assert tuple(table.columns) == COLUMNS
     assert table.empty
 

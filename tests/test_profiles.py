@@ -86,16 +86,12 @@ def test_normalisation_is_its_definition(reference: Any, scale: Any) -> None:
 def test_a_plates_shift_and_scale_vanish() -> None:
     values, plate, control = wells()
     moved = values * np.where(plate == "p1", 3.0, 0.1)[:, None] + np.arange(5)
-    np.testing.assert_allclose(
-        normalise(moved, plate, control)[0], normalise(values, plate, control)[0], rtol=1e-4
-    )
+    np.testing.assert_allclose(normalise(moved, plate, control)[0], normalise(values, plate, control)[0], rtol=1e-4)
 
 
 def test_no_normalisation_is_the_identity() -> None:
     values, plate, control = wells()
-    normalised, table = normalise(
-        values, plate, ~control & False, ProfilesConfig(normalise=NoNormalisation())
-    )
+    normalised, table = normalise(values, plate, ~control & False, ProfilesConfig(normalise=NoNormalisation()))
     np.testing.assert_array_equal(normalised, values.astype(np.float32))
     assert table["center"].map(np.count_nonzero).sum() == 0
 
@@ -143,7 +139,5 @@ def test_real_wells_match_their_treatment_on_other_plates(real_data: Path) -> No
     injury, treated = table["injury_type"].to_numpy()[~control], profiles[~control]
     compound = table["Compound Name"].to_numpy()[~control]
     ranking = retrieval.rank(treated, injury, compound, treated, injury, compound)
-    chance = retrieval.chance_cmc(
-        ranking.n_candidates[ranking.n_matches > 0], ranking.n_matches[ranking.n_matches > 0]
-    )
+    chance = retrieval.chance_cmc(ranking.n_candidates[ranking.n_matches > 0], ranking.n_matches[ranking.n_matches > 0])
     assert ranking.cmc[0] > 2 * chance[0]

@@ -104,9 +104,7 @@ def test_measures_are_those_of_numpy_in_order() -> None:
     stack = movie(3, 2)
     measures = quality.measure(stack)
     assert list(measures.columns) == ["frame", "channel", "focus", "saturated", "mean", "sd"]
-    assert measures[["frame", "channel"]].to_numpy().tolist() == [
-        [t, c] for t in range(3) for c in range(2)
-    ]
+    assert measures[["frame", "channel"]].to_numpy().tolist() == [[t, c] for t in range(3) for c in range(2)]
     np.testing.assert_allclose(measures["mean"], stack.mean(axis=(2, 3)).ravel(), rtol=1e-5)
     np.testing.assert_allclose(measures["sd"], stack.std(axis=(2, 3)).ravel(), rtol=1e-5)
 

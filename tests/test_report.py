@@ -121,9 +121,7 @@ def screen(compound: str = "drug A", n_rows: int = 2, n_columns: int = 3) -> Rep
     return ReportData(
         title="A small screen",
         provenance={"version": "1.0", "config": {"seed": 1}},
-        counts=pd.DataFrame(
-            {"stage": ["segment"], "in": [1200], "out": [1000], "reasons": [{"border": 200}]}
-        ),
+        counts=pd.DataFrame({"stage": ["segment"], "in": [1200], "out": [1000], "reasons": [{"border": 200}]}),
         plate_maps=wells,
         training=pd.DataFrame({"epoch": [1, 2, 3], "loss": [3.0, 2.0, 1.5], "lr": [0.1, 0.1, 0]}),
         embedding_map=cells.assign(x=rng.normal(size=50), y=rng.normal(size=50)),
@@ -188,9 +186,7 @@ def test_the_empty_screen_says_what_is_missing() -> None:
         assert sentence in page.words
 
 
-@pytest.mark.parametrize(
-    "part", [f.name for f in dataclasses.fields(ReportData) if f.name != "title"]
-)
+@pytest.mark.parametrize("part", [f.name for f in dataclasses.fields(ReportData) if f.name != "title"])
 def test_any_part_can_be_missing(part: str) -> None:
     empty = getattr(ReportData(""), part)
     page = Page(render(dataclasses.replace(screen(), **{part: empty})))
@@ -306,17 +302,13 @@ def test_numbers_are_read_rounded_and_downloaded_in_full() -> None:
         (["A1", "ZZ99"], (702, 99)),
     ],
 )
-def test_a_plate_is_the_smallest_that_holds_its_wells(
-    wells: list[str], shape: tuple[int, int]
-) -> None:
+def test_a_plate_is_the_smallest_that_holds_its_wells(wells: list[str], shape: tuple[int, int]) -> None:
     assert report._plate_shape(report._well_positions(wells)) == shape
 
 
 def test_well_positions() -> None:
     assert report._well_positions(["A01", "B7", "AA1"]) == [(0, 0), (1, 6), (26, 0)]
-    assert [report._row_name(i) for i in (0, 25, 26, 51, 52, 701)] == [
-        *("A", "Z", "AA", "AZ", "BA", "ZZ")
-    ]
+    assert [report._row_name(i) for i in (0, 25, 26, 51, 52, 701)] == [*("A", "Z", "AA", "AZ", "BA", "ZZ")]
     named_and_not = report._well_positions(["A1", "left", "right"])
     assert named_and_not == [(0, 0), (2, 0), (2, 1)]
     assert len(set(report._well_positions([f"position {i}" for i in range(30)]))) == 30
@@ -390,8 +382,7 @@ def test_channels_are_added_in_their_colours() -> None:
 
 def test_brightness_is_shared_so_clips_compare() -> None:
     dim, bright = (
-        Example("", "", np.full((1, 1, 8, 8), level, dtype=np.uint8), {"a": "#ffffff"})
-        for level in (20, 200)
+        Example("", "", np.full((1, 1, 8, 8), level, dtype=np.uint8), {"a": "#ffffff"}) for level in (20, 200)
     )
     brightest = report._brightest([dim, bright])
     assert brightest == {"a": 200.0}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pandas as pd
 import pytest
 import zarr
 from runs import Run, Victim, digests, times
+
 from storage_schemas.checkpoint import read_manifest
 
 SEGMENTED = ("calibration", "cells", "quality", "clips")
@@ -49,8 +49,8 @@ KILLS = (
 )
 
 
-def reached(screen: Path, pattern: str, count: int) -> Callable[[], bool]:
-    return lambda: len(list(screen.glob(pattern))) >= count
+def count(screen: Path, pattern: str) -> int:
+    return sum(1 for _ in screen.glob(pattern))
 
 
 def finished(screen: Path) -> dict[str, int]:
@@ -75,16 +75,34 @@ def epochs(screen: Path) -> list[int]:
     return sorted(int(path.parent.name.removeprefix("epoch_")) for path in found)
 
 
+class Watch:
+    """Says when it is time to kill, and sees which epochs are trained until then."""
+
+    def __init__(self, screen: Path, kill: Kill) -> None:
+        self._screen = screen
+        self._kill = kill
+        self._before = set(epochs(screen))
+        self._seen: set[int] = set()
+
+    def __call__(self) -> bool:
+        self._seen.update(set(epochs(self._screen)) - self._before)
+        return count(self._screen, self._kill.pattern) >= self._kill.count
+
+    def repeated(self) -> set[int]:
+        """Epochs seen that come before one that was there at the start."""
+        return {epoch for epoch in self._seen if self._before and epoch <= max(self._before)}
+
+
 def test_a_killed_segmentation_goes_on(
     small_screen: Path, small_settings: list[str], finished_screen: Path, tmp_path: Path
 ) -> None:
     screen = tmp_path / "screen"
     command = ("run", small_screen / "run.yaml", "--out", screen, "--stages", "segment", *small_settings)
     first = Run(tmp_path / "log", *command)
-    first.wait_until(reached(screen, "cells/*/*.parquet", 3))
+    first.wait_until(lambda: count(screen, "cells/*/*.parquet") >= 3)
     first.kill("tree")
     done = finished(screen)
-    assert len(list(screen.glob("cells/*/*.parquet"))) < 16
+    assert count(screen, "cells/*/*.parquet") < 16
     again = Run(tmp_path / "log", *command)
     assert again.wait() == 0, again.said()
     assert finished(screen).items() >= done.items()
@@ -92,9 +110,7 @@ def test_a_killed_segmentation_goes_on(
 
 
 @pytest.mark.slow
-def test_kills_at_every_stage_leave_no_trace(
-    small_screen: Path, small_settings: list[str], tmp_path: Path
-) -> None:
+def test_kills_at_every_stage_leave_no_trace(small_screen: Path, small_settings: list[str], tmp_path: Path) -> None:
     settings = (*small_settings, "--set", f"train.epochs={EPOCHS}")
     calm, screen = tmp_path / "calm", tmp_path / "screen"
     undisturbed = Run(tmp_path / "calm.log", "run", small_screen / "run.yaml", "--out", calm, *settings)
@@ -105,16 +121,10 @@ def test_kills_at_every_stage_leave_no_trace(
     done: dict[str, int] = {}
     for kill in KILLS:
         run = Run(log, *command)
-        trained = max(epochs(screen), default=0)
-        fresh: set[int] = set()
-
-        def at_point(kill: Kill = kill, before: set[int] = set(epochs(screen)), fresh: set[int] = fresh) -> bool:
-            fresh.update(set(epochs(screen)) - before)
-            return reached(screen, kill.pattern, kill.count)()
-
-        run.wait_until(at_point)
+        watch = Watch(screen, kill)
+        run.wait_until(watch)
         run.kill(kill.victim)
-        assert all(epoch > trained for epoch in fresh), f"epochs {fresh} were trained, {trained} had been before"
+        assert watch.repeated() == set(), "trained on from the start, not from the last checkpoint"
         now = finished(screen)
         assert now.items() >= done.items(), f"done before, and again before the kill in {kill.stage}"
         done = now

@@ -24,9 +24,7 @@ def cosine(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float:
     return round(sum(float(x) * float(y) for x, y in zip(a, b, strict=True)) / lengths, 10)
 
 
-def order_of(
-    vector: npt.NDArray[Any], group: Any, gallery: npt.NDArray[Any], gallery_group: Any
-) -> list[int]:
+def order_of(vector: npt.NDArray[Any], group: Any, gallery: npt.NDArray[Any], gallery_group: Any) -> list[int]:
     """Candidates by distance, ties by position."""
     kept = [j for j in range(len(gallery)) if gallery_group[j] != group]
     return sorted(kept, key=lambda j: (-cosine(vector, gallery[j]), j))
@@ -148,9 +146,7 @@ def test_memory_does_not_grow_with_the_queries() -> None:
 
 
 def test_equal_embeddings_are_ranked_by_position() -> None:
-    ranking = retrieval.rank(
-        np.ones((1, 3)), ["b"], [0], np.ones((4, 3)), ["a", "b", "a", "b"], [1, 1, 1, 1], 5
-    )
+    ranking = retrieval.rank(np.ones((1, 3)), ["b"], [0], np.ones((4, 3)), ["a", "b", "a", "b"], [1, 1, 1, 1], 5)
     assert ranking.first_match.tolist() == [2]
     assert ranking.mean_average_precision == pytest.approx((1 / 2 + 2 / 4) / 2)
     assert ranking.cmc.tolist() == [0, 1, 1, 1, 1]
@@ -181,9 +177,7 @@ def test_bad_input_is_named(change: dict[str, Any], message: str) -> None:
         retrieval.rank(**(good | change))
 
 
-@pytest.mark.parametrize(
-    ("n_candidates", "n_matches"), [(n, m) for n in range(1, 8) for m in range(1, n + 1)]
-)
+@pytest.mark.parametrize(("n_candidates", "n_matches"), [(n, m) for n in range(1, 8) for m in range(1, n + 1)])
 def test_chance_is_the_mean_over_every_order(n_candidates: int, n_matches: int) -> None:
     curve, precision, orders = np.zeros(9), 0.0, 0
     for places in itertools.combinations(range(1, n_candidates + 1), n_matches):
@@ -192,9 +186,7 @@ def test_chance_is_the_mean_over_every_order(n_candidates: int, n_matches: int) 
         orders += 1
     n, m = np.array([n_candidates]), np.array([n_matches])
     np.testing.assert_allclose(retrieval.chance_cmc(n, m, 9), curve / orders, atol=1e-12)
-    np.testing.assert_allclose(
-        retrieval.chance_average_precision(n, m), precision / orders, atol=1e-12
-    )
+    np.testing.assert_allclose(retrieval.chance_average_precision(n, m), precision / orders, atol=1e-12)
 
 
 @settings(max_examples=50, deadline=None)

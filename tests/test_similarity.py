@@ -22,10 +22,7 @@ def test_search_is_exact() -> None:
     gallery, query = vectors(200), 5 * vectors(20)
     scores, positions = search(build(gallery), query, 7)
     for i, vector in enumerate(query):
-        cosines = [
-            float(vector @ row) / float(np.linalg.norm(vector) * np.linalg.norm(row))
-            for row in gallery
-        ]
+        cosines = [float(vector @ row) / float(np.linalg.norm(vector) * np.linalg.norm(row)) for row in gallery]
         expected = sorted(range(200), key=lambda j: -cosines[j])[:7]
         assert positions[i].tolist() == expected
         np.testing.assert_allclose(scores[i], [cosines[j] for j in expected], atol=1e-6)

@@ -44,9 +44,7 @@ CLEAN = SMALL.model_copy(
         "death_rate": 0.0,
     }
 )
-BUSY = SMALL.model_copy(
-    update={"division_rate": 0.08, "death_rate": 0.05, "out_of_focus_rate": 0.3, "frames": 9}
-)
+BUSY = SMALL.model_copy(update={"division_rate": 0.08, "death_rate": 0.05, "out_of_focus_rate": 0.3, "frames": 9})
 
 
 def _well_of(config: SimulationConfig, compound: str, plate: str = "plate-1") -> str:
@@ -182,11 +180,7 @@ def test_a_track_is_one_slowly_moving_cell_without_gaps() -> None:
 def test_daughters_begin_beside_their_mother_right_after_her_last_frame() -> None:
     n_divisions = 0
     for site in _busy_sites():
-        present = {
-            int(k): np.flatnonzero((site.nuclei == k).any(axis=(1, 2)))
-            for k in np.unique(site.nuclei)
-            if k > 0
-        }
+        present = {int(k): np.flatnonzero((site.nuclei == k).any(axis=(1, 2))) for k in np.unique(site.nuclei) if k > 0}
         begun_late = {track for track, frames in present.items() if frames[0] > 0}
         assert set(site.parents["track"]) == begun_late
         assert (site.parents.groupby("parent").size() == 2).all()
@@ -331,9 +325,7 @@ def test_noise_grows_with_less_light() -> None:
     empty = CLEAN.model_copy(update={"cells_per_site": 0, "frames": 2})
     dim = empty.model_copy(update={"exposure": 0.25, "read_noise": 0.0})
     bright = empty.model_copy(update={"exposure": 1.0, "read_noise": 0.0})
-    patches = [
-        simulate_site(c, "plate-1", "A01", 0).stack[0, 0, 90:110, 100:132] for c in (dim, bright)
-    ]
+    patches = [simulate_site(c, "plate-1", "A01", 0).stack[0, 0, 90:110, 100:132] for c in (dim, bright)]
     assert patches[0].mean() == pytest.approx(patches[1].mean(), rel=0.05)
     assert patches[0].std() == pytest.approx(2 * patches[1].std(), rel=0.15)
 
@@ -378,9 +370,7 @@ def test_a_field_whose_cells_all_die() -> None:
     pixel=st.floats(0.5, 1.5),
     seed=st.integers(0, 2**63),
 )
-def test_any_geometry_goes_through(
-    height: int, width: int, frames: int, pixel: float, seed: int
-) -> None:
+def test_any_geometry_goes_through(height: int, width: int, frames: int, pixel: float, seed: int) -> None:
     config = SimulationConfig(
         seed=seed,
         height=height,

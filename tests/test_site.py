@@ -133,7 +133,7 @@ def test_blank_movie(simulated: SimulatedSite, value: int) -> None:
 def test_values_that_are_no_intensities(simulated: SimulatedSite, value: float, everywhere: bool) -> None:
     stack = simulated.stack.astype(np.float32)
     stack[... if everywhere else (2, 1, 100, 100)] = value
-    with pytest.raises(InputError, match="NaN|nan|inf"):
+    with pytest.raises(InputError, match=r"NaN|nan|inf"):
         process_site(stack, CHANNELS, calibration(simulated.stack), CONFIG)
 
 

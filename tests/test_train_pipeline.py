@@ -10,11 +10,12 @@ from pathlib import Path
 import pandas as pd
 import psutil
 import pytest
+from ray.cluster_utils import Cluster
+from runs import Run, digests
+
 from pipelines.config import ConfigError, RunConfig, load
 from pipelines.run import run
 from pipelines.units import StageError
-from ray.cluster_utils import Cluster
-from runs import Run, digests
 from screening.simulation import NEGATIVE_CONTROL
 from storage_schemas.checkpoint import CheckpointManifest, read_manifest
 

@@ -66,9 +66,7 @@ def test_wheel_holds_every_file_of_the_packages_and_no_other(wheel: Path) -> Non
 def test_command_starts_from_the_wheel(installed: Path) -> None:
     program = installed / "bin" / "screening"
     where = {"PYTHONPATH": str(installed)}
-    location = run(
-        sys.executable, "-c", "import screening; print(screening.__file__)", **where
-    ).strip()
+    location = run(sys.executable, "-c", "import screening; print(screening.__file__)", **where).strip()
     assert Path(location).is_relative_to(installed)
     assert "query" in run(program, "--help", **where)
     assert version() in run(program, "--version", **where)

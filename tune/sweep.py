@@ -194,9 +194,11 @@ def _run_trial(space: Mapping[str, str], trials: Mapping[str, Trial], update: bo
     quiet_ray_data()
     trial = trials[space["trial"]]
     try:
-        run(trial.config, trial.screen.url, _STAGES, update=update, segmented=trial.screen.segmented)
+        wells = run(trial.config, trial.screen.url, _STAGES, update=update, segmented=trial.screen.segmented)
     except InputError as error:
         return {"failed": str(error)}
+    if wells:
+        return {"failed": f"{wells} well(s), see screening status {trial.screen.url}"}
     value = store.read_json(trial.screen.evaluation)["compound"]["map"]["value"]
     return {"map": math.nan if value is None else value}
 
