@@ -195,14 +195,13 @@ def _run_stage(stage: Stage, config: RunConfig, inputs: Inputs, screen: Screen) 
         raise StageError(f"{stage}: {error}") from error
     except ray.exceptions.RayError as error:
         raise StageError(f"{stage}: Ray could not go on: {error}") from error
-    units = sorted(map(str, screen.done_units(stage))) if stage in ("segment", "embed") else []
     _write_record(
         screen,
         stage,
         StageRecord(
             fingerprint=mark,
             done=True,
-            output=fingerprint(mark, units),
+            output=fingerprint(mark, screen.outputs(stage)),
             counts=counts,
             notes=notes,
             seconds=time.monotonic() - start,

@@ -79,7 +79,10 @@ class _Context:
 def segment_well(context: _Context, well: WellKey) -> Counts:
     """Do one well: every site of it, then its clips, its quality table and, to commit it, its cells table."""
     config, screen = context.config, context.screen
-    calibration = Calibration(*read_calibration(screen.calibration(well.plate)))
+    calibration_url = screen.calibration(well.plate)
+    if not exists(calibration_url):
+        raise InputError(f"{context.plates[well.plate].url}: none of the sites sampled for its calibration can be read")
+    calibration = Calibration(*read_calibration(calibration_url))
     cells: list[pa.Table] = []
     measures: list[pd.DataFrame] = []
     clips: list[np.ndarray[Any, Any]] = []
@@ -137,7 +140,8 @@ def _calibrate_plates(config: RunConfig, inputs: Inputs, screen: Screen) -> list
     ray.get(tasks)
     if config.segment.illumination.method == "none":
         return []
-    flat = [name for name in inputs.plates if read_calibration(screen.calibration(name))[0] is None]
+    calibrated = [name for name in inputs.plates if exists(screen.calibration(name))]
+    flat = [name for name in calibrated if read_calibration(screen.calibration(name))[0] is None]
     return [
         f"plate {name}: illumination not corrected, it has fewer sites than segment.illumination.min_sites"
         for name in flat
@@ -149,8 +153,9 @@ def _calibrate_plate(config: SegmentConfig, plate: Plate, wells: list[str], scre
     percentiles = (scaling.low, scaling.high) if isinstance(scaling, PlateScaling) else (1.0, 99.8)
     try:
         found = calibrate(_sample(config, plate, wells), config.illumination, percentiles)
-    except InputError as error:
-        raise InputError(f"{plate.url}: {error}") from error
+    except InputError:
+        # Nothing of it can be read: its wells will say so one by one, and other plates go on.
+        return
     fields = found.flat_field, found.offset, found.low, found.high
     url = screen.calibration(plate.name)
     if exists(url):

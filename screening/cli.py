@@ -10,7 +10,7 @@ import sys
 from enum import IntEnum, StrEnum
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -259,6 +259,7 @@ def demo(
     from pipelines.run import run as run_screen
     from pipelines.simulate import RUN_CONFIG
     from pipelines.simulate import simulate as write
+    from screening.evaluation import score_table
     from screening.simulation import SimulationConfig
     from storage_schemas.screen import Screen
     from storage_schemas.store import read_json
@@ -269,7 +270,7 @@ def demo(
         failed = run_screen(load(f"{plates}/{RUN_CONFIG}", settings or ()), folder)
     screen = Screen(folder)
     typer.echo("\nHeld-out tests: a cell's nearest cells, are they of its mechanism of action (MOA)?\n")
-    typer.echo(_evaluation_text(read_json(screen.evaluation)))
+    _print(score_table(read_json(screen.evaluation)), Format.table)
     compound = "uncoupler-1"
     typer.echo(f"\n$ screening query {folder} --compound {compound} -k 5\n")
     _print(look_up(screen, compound, 5), Format.table)
@@ -373,18 +374,3 @@ def _cell(value: object) -> str:
     if value is None or value is pd.NA or value != value:
         return "–"
     return f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
-def _evaluation_text(result: dict[str, Any]) -> str:
-    """The held-out tests as a table: value, interval and chance of each metric, contrasts below."""
-    import pandas as pd
-
-    rows = []
-    for test, scores in result.items():
-        for contrast, part in (("all MOAs", scores), *scores["contrasts"].items()):
-            for name, score in part.items():
-                if isinstance(score, dict) and "chance" in score:
-                    rows.append({"held out": test, "among": contrast, "metric": name, **score})
-    columns = {"value": "value", "low": "95 % low", "high": "95 % high", "chance": "chance"}
-    table = pd.DataFrame(rows).astype(dict.fromkeys(columns, float)).rename(columns=columns)
-    return _text(table[["held out", "among", "metric", *columns.values()]])

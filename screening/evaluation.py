@@ -6,7 +6,7 @@ resample compounds, not cells: cells of one compound are not independent evidenc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,6 +22,8 @@ from storage_schemas.base import Config
 from storage_schemas.errors import InputError
 
 _INTERVAL = (0.025, 0.975)
+
+ALL_MOAS = "all MOAs"
 
 
 class EvaluationConfig(Config):
@@ -127,6 +129,28 @@ def evaluate(query: Cells, gallery: Cells, config: EvaluationConfig, rng: np.ran
         " vs ".join(moas): _score(_among(query, moas), _among(gallery, moas), config, rng) for moas in config.contrasts
     }
     return result
+
+
+def score_table(results: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """The scores of several tests, a row a metric.
+
+    Args:
+        results: name of a test -> what :func:`evaluate` returned.
+
+    Returns:
+        test, contrast (:data:`ALL_MOAS` or ``"A vs B"``), metric, and float value, low, high and chance (NaN where
+        nothing could be scored); Rank-k by k first.
+    """
+    rows = [
+        {"test": test, "contrast": contrast, "metric": metric, **part[metric]}
+        for test, result in results.items()
+        for contrast, part in {ALL_MOAS: result, **result["contrasts"]}.items()
+        for metric in sorted(part, key=lambda name: (not name.startswith("rank"), len(name), name))
+        if isinstance(part[metric], Mapping) and "chance" in part[metric]
+    ]
+    numbers = ["value", "low", "high", "chance"]
+    table = pd.DataFrame(rows, columns=["test", "contrast", "metric", *numbers])
+    return table.astype(dict.fromkeys(numbers, float))
 
 
 def _score(query: Cells, gallery: Cells, config: EvaluationConfig, rng: np.random.Generator) -> dict[str, Any]:

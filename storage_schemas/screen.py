@@ -198,6 +198,15 @@ class Screen:
         """Wells whose table is there."""
         return set(self._owner(stage)._listed("cells" if stage == "segment" else "embeddings", ".parquet"))
 
+    def outputs(self, stage: Stage) -> list[str]:
+        """What tells one output of a stage from another of the same fingerprint: its units and their calibrations."""
+        if stage != "segment" and stage != "embed":
+            return []
+        units = self.done_units(stage)
+        plates = sorted({unit.plate for unit in units}) if stage == "segment" else []
+        calibrations = [hashlib.sha256(store.read_bytes(self.calibration(plate))).hexdigest() for plate in plates]
+        return [*map(str, sorted(units)), *calibrations]
+
     def remove_cells(self, plate: str) -> None:
         """Remove a plate's tables of cells, so that `segment` does its wells again."""
         store.remove(self._path("cells", plate))

@@ -21,6 +21,7 @@ from pipelines.cluster import cluster, quiet_ray_data
 from pipelines.config import ConfigError, RunConfig, override
 from pipelines.progress import console
 from pipelines.run import is_done, run
+from screening.evaluation import ALL_MOAS, score_table
 from storage_schemas import store
 from storage_schemas.errors import InputError
 from storage_schemas.screen import Screen, Stage
@@ -29,8 +30,6 @@ from tune.ablations import ABLATIONS
 
 RESULTS = "results.parquet"
 TABLE = "results.md"
-
-ALL_MOAS = "all MOAs"
 
 _STAGES: tuple[Stage, ...] = ("train", "embed", "evaluate")
 _TRIAL_BYTES = 512 * 2**20  # that a trial's own process asks for
@@ -224,14 +223,8 @@ class _Progress(ray_tune.Callback):
 
 def _scores(trial: Trial) -> pd.DataFrame:
     """A row a metric of each test and contrast of a trial that is done."""
-    rows = [
-        {"ablation": trial.ablation, "seed": trial.seed, "test": test, "contrast": contrast, "metric": metric, **score}
-        for test, scores in store.read_json(trial.screen.evaluation).items()
-        for contrast, part in {ALL_MOAS: scores, **scores["contrasts"]}.items()
-        for metric, score in part.items()
-        if isinstance(score, dict) and "chance" in score
-    ]
-    return pd.DataFrame(rows).astype(dict.fromkeys(("value", "low", "high", "chance"), float))
+    table = score_table(store.read_json(trial.screen.evaluation))
+    return table.assign(ablation=trial.ablation, seed=trial.seed)
 
 
 def _empty() -> pd.DataFrame:
