@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING
 
 import ray
 
+from storage_schemas.errors import InputError
+
+READER_CPUS = 0.25  # that an actor asks for which reads and augments batches
+
 if TYPE_CHECKING:  # the configuration pulls in torch, which segmentation workers do without
     from pipelines.config import ResourcesConfig
 
@@ -21,7 +25,8 @@ def cluster(resources: ResourcesConfig) -> Iterator[None]:
     If Ray is already running in this process (in a notebook, a test or a job) it is used and left running.
     """
     if ray.is_initialized():
-        yield
+        with _translated():
+            yield
         return
     # Ray's own bars would fight with ours, and one screen's stages are told apart by ours.
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
@@ -42,9 +47,52 @@ def cluster(resources: ResourcesConfig) -> Iterator[None]:
             )
     quiet_ray_data()
     try:
-        yield
+        with _translated():
+            _check_room(resources)
+            yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """Raise what a task raised, not Ray's account of where it ran."""
+    try:
+        yield
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, InputError):
+            raise error.cause from error
+        raise InputError(f"a task failed: {error}") from error
+    except ray.exceptions.RayError as error:
+        raise InputError(f"Ray could not go on: {error}") from error
+
+
+def _check_room(resources: ResourcesConfig) -> None:
+    """Refuse what this machine can never place: Ray would wait for it without end. A cluster may still grow.
+
+    Raises:
+        InputError: naming the setting.
+    """
+    if os.environ.get("RAY_ADDRESS"):
+        return
+    there = ray.cluster_resources()
+    cpus, gpus = there.get("CPU", 0.0), there.get("GPU", 0.0)
+    workers = resources.train_workers
+    readers = READER_CPUS * resources.train_readers * workers
+    wanted = {
+        "segment_cpus": (resources.segment_cpus, cpus, "CPUs"),
+        "train_readers": (readers + worker_cpus(cpus, workers) * workers, cpus, "CPUs, with the training workers,"),
+        "train_gpus": (resources.train_gpus * workers, gpus, "GPUs"),
+        "embed_gpus": (resources.embed_gpus * resources.embed_actors, gpus, "GPUs"),
+    }
+    for name, (asked, room, what) in wanted.items():
+        if asked > room:
+            raise InputError(f"resources.{name} asks for {asked:g} {what} and there are {room:g}; set it lower")
+
+
+def worker_cpus(cpus: float, workers: int) -> float:
+    """CPUs that a training worker asks for: half of a small machine is left to the readers."""
+    return min(1.0, 0.5 * cpus / workers)
 
 
 @contextmanager

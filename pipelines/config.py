@@ -6,10 +6,10 @@ import difflib
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from screening.augmentation import AugmentConfig
 from screening.embedding import EmbedConfig
@@ -55,7 +55,11 @@ class InputsConfig(Config):
 
 
 class ResourcesConfig(Config):
-    """What the run may use. Nothing here changes a result, so a run may go on with other resources."""
+    """What the run may use; a run may go on with other resources.
+
+    Cells and clips do not depend on them. Training does: the number of threads changes rounding, and each worker
+    augments and batch-normalises its own share.
+    """
 
     cpus: int | None = Field(None, ge=1, description="CPUs of a Ray started on this machine; null: all")
     object_store_mb: int = Field(512, ge=80, description="MiB of Ray's object store on this machine")
@@ -87,6 +91,17 @@ class RunConfig(Config):
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="held-out tests")
     max_failed_share: float = Field(0.5, ge=0, le=1, description="share of wells that may fail before the run stops")
     resources: ResourcesConfig = Field(ResourcesConfig(), description="what the run may use")
+
+    @model_validator(mode="after")
+    def _identities_can_be_shared(self) -> Self:
+        share, rest = divmod(self.train.p, self.resources.train_workers)
+        if rest or share < 2:
+            # With one identity alone a worker would have nothing to tell it from.
+            raise ValueError(
+                f"train.p={self.train.p} identities cannot be shared by {self.resources.train_workers} workers: each "
+                "takes as many, and two at least; change train.p or resources.train_workers"
+            )
+        return self
 
 
 def load(url: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -231,6 +246,9 @@ def _explain(entry: Any) -> str:
     if entry["type"] != "extra_forbidden":
         return f"{where}: {entry['msg']} (found {entry['input']!r})"
     known = list(_fields_at(location[:-1]))
+    deeper = {field: f"{name}.{field}" for name in RunConfig.model_fields for field in _fields_at([name])}
+    if len(location) == 1 and where in deeper and where not in known:
+        return f"{where}: unknown key; did you mean {deeper[where]!r}?"
     near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"known keys there: {known}"
     return f"{where}: unknown key; {hint}"
@@ -281,6 +299,8 @@ def _commented(model: type[BaseModel], values: Mapping[str, Any], depth: int) ->
         comment = field.description or ""
         if len(choices) > 1:
             comment += f"; choices of method: {', '.join(choices)}"
+        elif name != "method" and typing.get_origin(field.annotation) is Literal:
+            comment += f"; one of {', '.join(map(str, typing.get_args(field.annotation)))}"
         yield f"{indent}# {comment}"
         if members and (isinstance(default, BaseModel) or field.is_required()):
             yield f"{indent}{name}:"

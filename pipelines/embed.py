@@ -12,10 +12,11 @@ import torch
 from pipelines.config import RunConfig
 from pipelines.inputs import Inputs
 from pipelines.units import Counts, Work, run_units
+from pipelines.vectors import vector_column
 from screening.embedding import EmbedConfig, embed, restore
 from screening.i3d import frames_seen
 from storage_schemas.checkpoint import read_manifest, read_weights
-from storage_schemas.clips import channel_names, open_clips
+from storage_schemas.clips import channel_names, open_clips, read_clips
 from storage_schemas.errors import SchemaError
 from storage_schemas.keys import WellKey
 from storage_schemas.screen import Screen
@@ -84,14 +85,14 @@ class EmbedWells:
         vectors = np.empty((clips.shape[0], manifest.embedding_dim), np.float32)
         # A slice at a time: memory does not grow with the cells of a well.
         for start in range(0, len(vectors), config.read_clips):
-            block = np.asarray(clips[start : start + config.read_clips])
+            block = read_clips(url, slice(start, start + config.read_clips))
             vectors[start : start + len(block)] = embed(
                 self._network, block, self._normalisation, frames, config.batch_size
             )
         cells = open_table(screen.cells(well), CELLS, ["plate", "well", "site", "track", "clip"])
         cells = cells.filter(pa.compute.is_valid(cells["clip"])).sort_by("clip")
-        column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
-        table = cells.drop_columns(["clip"]).append_column("embedding", column)
+        assert len(cells) == len(vectors), "every clip is of a cell"
+        table = cells.drop_columns(["clip"]).append_column("embedding", vector_column(vectors))
         form = embeddings_form(manifest.embedding_dim)
         write_table(screen.embeddings(well), table, form, self._context.fingerprint)
         return {"cells": len(vectors)}

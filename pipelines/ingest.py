@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,6 +64,8 @@ def ingest(source: str, plate_url: str, options: IngestOptions) -> list[str]:
     Raises:
         InputError: if names, axes, shapes or channels do not fit, planes are missing, or a well is there already.
     """
+    if not _usable(options.axes.upper()):
+        raise InputError(f"--axes {options.axes!r}: expected a subset of T, C, Z and, last, YX")
     source, plate_url = store.absolute(source), store.absolute(plate_url)
     files = _files(source)
     planes = parse(files, options.layout)
@@ -84,6 +87,10 @@ def ingest(source: str, plate_url: str, options: IngestOptions) -> list[str]:
                 str(site): _read_site(files, of_site, options) for site, of_site in of_well.groupby("site", sort=False)
             }
             names = _channel_names(of_well, next(iter(sites.values())), options)
+            if well in existing:
+                # No longer named while it is written, so that a plate never has half a well.
+                existing.remove(str(well))
+                plates.list_wells(plate_url, name, existing)
             plates.create_well(
                 plate_url,
                 str(well),
@@ -131,7 +138,11 @@ def _refuse_missing(table: pd.DataFrame) -> None:
 
 def _existing(plate_url: str, name: str | None) -> tuple[list[str], str]:
     default = store.parent(plate_url + "/x").rpartition("/")[2].removesuffix(".zarr")
-    if not store.list_names(plate_url):
+    names = store.list_names(plate_url)
+    if ".zattrs" in names or ".zgroup" in names:
+        raise InputError(f"{plate_url}: is OME-Zarr 0.4, which is read but not added to; ingest into a new plate")
+    if all(re.fullmatch("[A-Z]{1,2}", entry) for entry in names):
+        # New, or rows that an interrupted ingest left without naming a well: those are written again.
         return [], name or default.removesuffix(".ome")
     plate = plates.open_plate(plate_url)
     if name is not None and name != plate.name:
@@ -163,8 +174,6 @@ def _join(blocks: list[NDArray[Any]], paths: pd.Series[str], axis: int) -> NDArr
 def _read_file(url: str, options: IngestOptions) -> NDArray[Any]:
     """One TIFF file as (T, C, Z, H, W)."""
     axes = options.axes.upper()
-    if not _usable(axes):
-        raise InputError(f"--axes {options.axes!r}: expected a subset of T, C, Z and, last, YX")
     data = store.read_bytes(url)
     try:
         with _logged_errors() as errors:

@@ -78,6 +78,7 @@ def open_inputs(config: InputsConfig) -> Inputs:
             f"no well of {config.plate_map} has images: its plates are called "
             f"{sorted({key.plate for key in mapped})}, the images' {sorted(plates)}"
         )
+    plates = {name: plate for name, plate in plates.items() if name in set(plate_map["plate"])}
     used = set(plate_map["compound"])
     if config.compounds is None:
         compounds = pd.DataFrame({name: None for name in COMPOUNDS.schema.names}, index=range(len(used)))

@@ -17,6 +17,8 @@ from storage_schemas.tables import SPLIT, open_table
 if TYPE_CHECKING:
     import faiss
 
+NO_EFFECT = "like the negative control"
+
 
 def query(screen: Screen, compound: str, k: int, level: Level = "compound") -> pd.DataFrame:
     """What resembles a compound most.
@@ -62,6 +64,8 @@ def _open_index(screen: Screen, level: Level) -> tuple[faiss.IndexFlatIP, pd.Dat
     Raises:
         SchemaError: if there is no index, or a file of it is damaged.
     """
+    if not screen.exists():
+        raise SchemaError(screen.url, "is not a screen: it has no manifest.json")
     if not index_exists(screen.index):
         raise SchemaError(screen.url, "has no index: run the stage `index` first")
     dimension = read_manifest(screen.index).dimension
@@ -97,8 +101,9 @@ def _unknown_compound(screen: Screen, compound: str) -> InputError:
 def predict(screen: Screen, compound: str | None) -> pd.DataFrame:
     """The mechanisms that a compound's cells vote for, by MitoReID's rule.
 
-    Each cell votes for the MOA of its nearest cell of another compound of known MOA. Where the network was trained on
-    the compound itself, its vote is no test of the network: the column ``split`` says so.
+    Each cell votes for the MOA of its nearest cell of another compound of known MOA, or for :data:`NO_EFFECT` where
+    that is a negative control: an inactive compound looks like the controls. Where the network was trained on the
+    compound itself, its vote is no test of the network: the column ``split`` says so; held-out compounds come first.
 
     Args:
         screen: a screen with embeddings.
@@ -117,19 +122,26 @@ def predict(screen: Screen, compound: str | None) -> pd.DataFrame:
     names = ids["compound"]
     if compound is not None and compound not in set(names):
         raise _unknown_compound(screen, compound)
+    if compound in controls:
+        raise InputError(f"{compound!r} is a negative control: it is what the others are compared with")
     asked = (names == compound) if compound is not None else ~names.isin(controls)
-    known = (ids["moa"].notna() & ~names.isin(controls)).to_numpy()
+    moa = ids["moa"].mask(names.isin(controls), NO_EFFECT)
+    known = moa.notna().to_numpy()
+    if not known.any():
+        raise InputError(f"{screen.url}: no compound here has a known MOA: give them in the table of compounds")
     votes = prediction.vote(
         cells[asked.to_numpy()],
         names[asked].to_numpy(object),
         cells[known],
-        ids["moa"].to_numpy(object)[known],
+        moa.to_numpy(object)[known],
         names.to_numpy(object)[known],
     )
     if compound is None:
         votes = votes.groupby("compound", sort=False).head(1)
     first = split.sort_values(["plate", "well"]).groupby("compound")
     part = first["split"].agg(lambda parts: "train" if "train" in set(parts) else parts.iloc[0])
-    return votes.assign(
-        true_moa=votes["compound"].map(first["moa"].first()), split=votes["compound"].map(part)
-    ).reset_index(drop=True)
+    votes = votes.assign(true_moa=votes["compound"].map(first["moa"].first()), split=votes["compound"].map(part))
+    order = {"test_compound": 0, "validation": 1, "unused": 2}
+    votes = votes.assign(order=votes["split"].map(order).fillna(3))
+    keys = ["order", "compound"] if compound is None else ["order"]
+    return votes.sort_values(keys, kind="stable").drop(columns="order").reset_index(drop=True)

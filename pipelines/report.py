@@ -54,13 +54,20 @@ def report(config: RunConfig, inputs: Inputs, screen: Screen, fingerprint: str) 
         retrieval=nearest_compounds(screen, _NEIGHBOURS),
         examples=examples,
         notes=[
+            *_scaling_note(config),
             *inputs.notes,
             *(note for record in manifest.stages.values() for note in record.notes),
-            *(f"{f.unit} failed: {f.message}" for f in screen.failures("segment")),
+            *(f"{f.unit} failed: {f.message}" for f in (*screen.failures("segment"), *screen.failures("embed"))),
         ],
     )
     store.write_bytes(screen.report, render(data).encode())
     return {"clips shown": len(examples), "compounds": len(inputs.compounds)}, []
+
+
+def _scaling_note(config: RunConfig) -> list[str]:
+    if config.segment.clips.scaling.method != "site":
+        return []
+    return ["Clips are scaled site by site: their brightness does not compare between sites or wells."]
 
 
 def _plate_maps(screen: Screen, maps: pd.DataFrame, keys: pd.DataFrame) -> pd.DataFrame:

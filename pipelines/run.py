@@ -8,14 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import ray
-
 from pipelines import embed, evaluate, index, report, segment, train
 from pipelines.cluster import cluster
 from pipelines.config import ConfigError, RunConfig, differences
 from pipelines.inputs import Inputs, open_inputs
 from pipelines.progress import console
-from pipelines.units import Counts, StageError
+from pipelines.units import Counts
+from screening.similarity import suggest
 from storage_schemas import store
 from storage_schemas.errors import InputError
 from storage_schemas.screen import STAGES, Manifest, Screen, Stage, StageRecord, fingerprint
@@ -80,8 +79,10 @@ def run(
         InputError: whatever the user can mend.
     """
     screen = Screen(store.absolute(out), segmented)
-    previous = _previous(screen, config, update)
+    _check_folder(screen)
     inputs = open_inputs(config.inputs)
+    _check_settings(config, inputs)
+    previous = _previous(screen, config, inputs, update)
     _write_start(config, screen, inputs, previous)
     for note in inputs.notes:
         console.print(f"note: {note}", soft_wrap=True)
@@ -90,7 +91,7 @@ def run(
         for stage in STAGES:
             if stage in stages:
                 _run_stage(stage, config, inputs, screen)
-            failed += len(screen.failures(stage)) if stage in stages else 0
+                failed += len(screen.failures(stage))
     return failed
 
 
@@ -110,18 +111,43 @@ def is_done(config: RunConfig, out: str, stages: Sequence[Stage], *, segmented: 
     )
 
 
-def _previous(screen: Screen, config: RunConfig, update: bool) -> Manifest | None:
+def _check_folder(screen: Screen) -> None:
+    names = [name for name in store.list_names(screen.url) if not name.startswith(".")]
+    if names and not screen.exists():
+        raise ConfigError(f"{screen.url}: holds {names[:5]} but no screen; choose a new or empty folder for --out")
+
+
+def _check_settings(config: RunConfig, inputs: Inputs) -> None:
+    """Find before hours of work what only a late stage would have met."""
+    known = set(inputs.compounds["moa"].dropna())
+    for moa in {moa for contrast in config.evaluation.contrasts for moa in contrast} - known:
+        near = suggest(moa, known)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {sorted(known)[:10]}"
+        raise ConfigError(f"evaluation.contrasts: no compound on these plates has the MOA {moa!r}; {hint}")
+    if config.profiles.normalise.method == "controls":
+        controlled = set(inputs.plate_map.loc[inputs.plate_map["role"] == "negative_control", "plate"])
+        without = sorted(set(inputs.plate_map["plate"]) - controlled)
+        if without:
+            raise ConfigError(
+                f"{config.inputs.plate_map}: plate(s) {without[:5]} have no well of the role negative_control to "
+                "normalise profiles to; name them, or set profiles.normalise.method to plate or none"
+            )
+
+
+def _previous(screen: Screen, config: RunConfig, inputs: Inputs, update: bool) -> Manifest | None:
     if not screen.exists():
-        names = [name for name in store.list_names(screen.url) if not name.startswith(".")]
-        if names:
-            raise ConfigError(f"{screen.url}: holds {names[:5]} but no screen; choose a new or empty folder for --out")
         return None
     previous = screen.read_manifest()
+    if not any(record.done for record in previous.stages.values()) and not screen.done_units("segment"):
+        # Nothing has been made yet that another configuration could spoil.
+        return previous
     changed = differences(previous.config, _identity(config))
+    if previous.inputs != _input_identity(inputs):
+        changed.append("the plates, the plate map or the compounds")
     if changed and not update:
         shown = "\n".join(f"  {line}" for line in changed[:10])
         raise ConfigError(
-            f"{screen.url}: holds a run of another configuration:\n{shown}\n"
+            f"{screen.url}: holds a run of another configuration or other inputs:\n{shown}\n"
             "choose another folder for --out, or give --update to do again what depends on the change"
         )
     return previous
@@ -137,6 +163,7 @@ def _write_start(config: RunConfig, screen: Screen, inputs: Inputs, previous: Ma
     manifest = Manifest(
         software=software,
         config=_identity(config),
+        inputs=_input_identity(inputs),
         stages=_records(screen, previous),
     )
     screen.write_manifest(manifest)
@@ -160,41 +187,38 @@ def _fingerprint(
     before = {}
     for name in spec.after:
         record = records.get(name)
-        if record is None or not record.done:
+        if (
+            record is None
+            or not record.done
+            or record.fingerprint != _fingerprint(name, config, inputs, screen, records)
+        ):
             raise InputError(
-                f"{screen.url}: stage {stage!r} needs {name!r}, which has not been done here; "
-                f"run it first, or leave --stages away to run all"
+                f"{screen.url}: stage {stage!r} needs {name!r}, which has not been done here with this configuration "
+                "and these inputs; run it first, or leave --stages away to run all"
             )
         before[name] = record.output
     settings = config.model_dump(mode="json", include=set(spec.settings))
-    return fingerprint(stage, spec.version, settings, before, _input_identity(inputs, spec.tables))
+    # Without tables a stage goes well by well, and which wells are left is told by what is there.
+    return fingerprint(stage, spec.version, settings, before, _input_identity(inputs) if spec.tables else "")
 
 
 def _run_stage(stage: Stage, config: RunConfig, inputs: Inputs, screen: Screen) -> None:
     records = screen.read_manifest().stages
     mark = _fingerprint(stage, config, inputs, screen, records)
     record = records.get(stage)
+    counts = {"wells": len(inputs.wells)} if stage in ("segment", "embed") else {}
     if record is not None and record.fingerprint != mark:
+        # Said before it is done, or a kill in between would leave a stage that is done and has no files.
+        _write_record(screen, stage, StageRecord(fingerprint="", counts=counts))
         screen.remove_stage(stage)
         record = None
-    if record is not None and record.done and not screen.failures(stage):
+    if record is not None and record.done and not screen.failures(stage) and _all_units(stage, inputs, screen):
         console.print(f"{stage}: done before")
         return
-    record = StageRecord(fingerprint=mark)
-    if stage in ("segment", "embed"):
-        record.counts = {"wells": len(inputs.wells)}
-    _write_record(screen, stage, record)
+    _write_record(screen, stage, StageRecord(fingerprint=mark, counts=counts))
 
     start = time.monotonic()
-    try:
-        counts, notes = _SPECS[stage].function(config, inputs, screen, mark)
-    except ray.exceptions.RayTaskError as error:
-        # What a task raised, not Ray's account of where it ran.
-        if isinstance(error.cause, InputError):
-            raise error.cause from error
-        raise StageError(f"{stage}: {error}") from error
-    except ray.exceptions.RayError as error:
-        raise StageError(f"{stage}: Ray could not go on: {error}") from error
+    counts, notes = _SPECS[stage].function(config, inputs, screen, mark)
     _write_record(
         screen,
         stage,
@@ -215,22 +239,28 @@ def _run_stage(stage: Stage, config: RunConfig, inputs: Inputs, screen: Screen) 
         console.print(f"  failed: {failure.unit}: {failure.message}", soft_wrap=True)
 
 
+def _all_units(stage: Stage, inputs: Inputs, screen: Screen) -> bool:
+    """Whether no well is left to do; wells may have joined since the stage was done."""
+    if stage == "segment":
+        return set(inputs.wells) <= screen.done_units("segment")
+    if stage == "embed":
+        return set(inputs.wells) & screen.done_units("segment") <= screen.done_units("embed")
+    return True
+
+
 def _write_record(screen: Screen, stage: Stage, record: StageRecord) -> None:
     manifest = screen.read_manifest()
     screen.write_manifest(manifest.model_copy(update={"stages": {**manifest.stages, stage: record}}))
 
 
-def _input_identity(inputs: Inputs, tables: bool) -> Any:
-    """Which images a stage sees and, where it matters, what the tables say of them.
+def _input_identity(inputs: Inputs) -> str:
+    """Which images a run sees, and what the tables say of them.
 
-    Plates are known by name, wells and metadata: pixels that change under the same names go unnoticed.
+    Plates are known by name and wells: pixels that change under the same names go unnoticed.
     """
     plates = {name: sorted(plate.well_paths.items()) for name, plate in inputs.plates.items()}
-    wells = [str(well) for well in inputs.wells]
-    if not tables:
-        return [plates, wells]
     annotation = [
         frame.astype(object).where(frame.notna(), None).to_dict("records")
         for frame in (inputs.plate_map, inputs.compounds)
     ]
-    return [plates, wells, annotation]
+    return fingerprint(plates, annotation)

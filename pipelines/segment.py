@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,6 +33,8 @@ if TYPE_CHECKING:  # the configuration pulls in torch, which segmentation worker
 
 OUTPUT_VERSION = 1  # raised when the same configuration gives other files
 
+_COUNTED = ("wells", "done", "failed", "sites", "frames", "bad_frames", "objects", "tracks", "clips")
+
 _SAMPLED_SITES = 48  # of a plate, for its calibration
 _SAMPLED_FRAMES = 3  # of each of them: first, middle, last
 
@@ -57,8 +60,11 @@ def segment(config: RunConfig, inputs: Inputs, screen: Screen, fingerprint: str)
         config.max_failed_share,
     )
     counts = _count(inputs, screen)
+    failures = screen.failures("segment")
+    excluded = sum(n for name, n in counts.items() if name.startswith("excluded"))
+    assert counts["done"] + len(failures) == counts["wells"], "every well is done or recorded as failed"
+    assert counts["tracks"] == counts["clips"] + excluded, "every track has a clip or a reason"
     if not counts["clips"]:
-        failures = screen.failures("segment")
         reasons = {name: n for name, n in counts.items() if name.startswith("excluded")} or "none excluded"
         why = f"; {failures[0].unit} failed: {failures[0].message}" if failures else ""
         raise StageError(
@@ -112,18 +118,35 @@ def segment_well(context: _Context, well: WellKey) -> Counts:
 
 
 def _check_channels(config: SegmentConfig, inputs: Inputs) -> None:
-    """The plates' first sites stand for the rest here; each well checks its own again when it is read."""
-    wanted = [config.channels.nucleus, config.channels.cytoplasm, *(config.channels.clips or ())]
+    """A readable site of each plate stands for the rest here; each well checks its own again when it is read."""
+    named = config.channels
+    wanted = [named.nucleus, named.cytoplasm, *(named.clips or ())]
+    first: SiteImage | None = None
     for plate in inputs.plates.values():
-        wells = inputs.plate_map.loc[inputs.plate_map["plate"] == plate.name, "well"]
-        for well in wells[:1]:
-            image = open_site(next(iter(plate.sites(well).values())))
-            missing = [name for name in wanted if name is not None and name not in image.channels]
-            if missing:
-                raise InputError(
-                    f"{image.url}: has no channel {missing}; its channels are {list(image.channels)}: set "
-                    "segment.channels.nucleus, .cytoplasm and .clips to these names"
-                )
+        image = _first_site(plate, inputs)
+        if image is None:
+            continue  # its wells will be recorded as failed
+        missing = [name for name in wanted if name is not None and name not in image.channels]
+        if missing:
+            raise InputError(
+                f"{image.url}: has no channel {missing}; its channels are {list(image.channels)}: set "
+                "segment.channels.nucleus, .cytoplasm and .clips to these names"
+            )
+        first = first or image
+        if named.clips is None and image.channels != first.channels:
+            raise InputError(
+                f"{image.url}: has the channels {list(image.channels)}, {first.url} has {list(first.channels)}: say by "
+                "segment.channels.clips which ones the clips are made of, in which order"
+            )
+
+
+def _first_site(plate: Plate, inputs: Inputs) -> SiteImage | None:
+    for well in inputs.plate_map.loc[inputs.plate_map["plate"] == plate.name, "well"]:
+        try:
+            return open_site(next(iter(plate.sites(well).values())))
+        except InputError:
+            continue
+    return None
 
 
 def _calibrate_plates(config: RunConfig, inputs: Inputs, screen: Screen) -> list[str]:
@@ -151,11 +174,15 @@ def _calibrate_plates(config: RunConfig, inputs: Inputs, screen: Screen) -> list
 def _calibrate_plate(config: SegmentConfig, plate: Plate, wells: list[str], screen: Screen) -> None:
     scaling = config.clips.scaling
     percentiles = (scaling.low, scaling.high) if isinstance(scaling, PlateScaling) else (1.0, 99.8)
-    try:
-        found = calibrate(_sample(config, plate, wells), config.illumination, percentiles)
-    except InputError:
+    sample = _sample(config, plate, wells)
+    first = next(sample, None)
+    if first is None:
         # Nothing of it can be read: its wells will say so one by one, and other plates go on.
         return
+    try:
+        found = calibrate(chain([first], sample), config.illumination, percentiles)
+    except InputError as error:
+        raise InputError(f"{plate.url}: {error}") from error
     fields = found.flat_field, found.offset, found.low, found.high
     url = screen.calibration(plate.name)
     if exists(url):
@@ -172,7 +199,7 @@ def _sample(config: SegmentConfig, plate: Plate, wells: list[str]) -> Iterator[n
     picked = np.unique(np.linspace(0, len(wells) - 1, min(len(wells), _SAMPLED_SITES)).astype(int))
     per_well = -(-_SAMPLED_SITES // len(picked))
     for position in picked:
-        for url in list(plate.sites(wells[position]).values())[:per_well]:
+        for url in _urls(plate, wells[position])[:per_well]:
             try:
                 image = open_site(url)
                 last = image.shape[0] - 1
@@ -185,6 +212,13 @@ def _sample(config: SegmentConfig, plate: Plate, wells: list[str]) -> Iterator[n
             taken = stack.min(axis=(1, 2, 3)) < stack.max(axis=(1, 2, 3))
             if taken.any():
                 yield stack[taken]
+
+
+def _urls(plate: Plate, well: str) -> list[str]:
+    try:
+        return list(plate.sites(well).values())
+    except InputError:
+        return []
 
 
 def _cells_table(well: WellKey, name: str, site: Site, first_clip: int) -> pa.Table:
@@ -239,7 +273,8 @@ def _quality_table(well: WellKey, name: str, site: Site, image: SiteImage) -> pd
 
 def _count(inputs: Inputs, screen: Screen) -> Counts:
     """Count what all done units hold; reading key columns, so that a resumed run counts the same."""
-    counts: Counter[str] = Counter(wells=len(inputs.wells), done=0, failed=len(screen.failures("segment")))
+    counts: Counter[str] = Counter(dict.fromkeys(_COUNTED, 0))
+    counts.update(wells=len(inputs.wells), failed=len(screen.failures("segment")))
     done = screen.done_units("segment")
     for well in inputs.wells:
         if well not in done:

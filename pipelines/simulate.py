@@ -54,7 +54,7 @@ def run_settings(config: SimulationConfig) -> dict[str, object]:
         },
         # Blurring takes torchvision, whose import alone takes seconds in each process.
         "augment": {"blur_probability": 0.0},
-        "evaluation": {"contrasts": [list(KINETIC_PAIR)]},
+        "evaluation": {"contrasts": [list(KINETIC_PAIR)] if set(KINETIC_PAIR) <= set(config.moas) else []},
     }
 
 

@@ -8,6 +8,7 @@ batch: reading and augmenting run in actors anywhere in the cluster, ahead of th
 from __future__ import annotations
 
 import io
+import math
 import os
 import tempfile
 import threading
@@ -25,8 +26,8 @@ import torch.distributed
 from ray.util.queue import Empty, Queue
 
 from pipelines.clip_batches import BatchReader, ClipTable, clip_table
-from pipelines.cluster import quiet_ray_data
-from pipelines.config import ConfigError, RunConfig
+from pipelines.cluster import READER_CPUS, quiet_ray_data, worker_cpus
+from pipelines.config import RunConfig
 from pipelines.inputs import Inputs
 from pipelines.progress import progress
 from pipelines.units import Counts, StageError
@@ -57,7 +58,6 @@ CONTROL_CLASS = "negative control"
 _NORMALISATION_CLIPS = 2048  # clips that the normalisation is measured on
 _VALIDATION_BATCH = 64
 _ROWS_AHEAD = 2000  # batches planned in one Ray Data run: bounds the plan, spares starts
-_READER_CPUS = 0.25  # that an actor asks for which reads and augments batches
 
 
 @dataclass(frozen=True)
@@ -89,18 +89,10 @@ def train(config: RunConfig, inputs: Inputs, screen: Screen, fingerprint: str) -
         Counts, and notes for the reader.
 
     Raises:
-        ConfigError: if P identities cannot be shared out among the workers.
         InputError: if there are too few clips or identities to train on.
         StageError: if training fails more often than allowed.
     """
     workers = config.resources.train_workers
-    share, rest = divmod(config.train.p, workers)
-    if rest or share < 2:
-        # With one identity alone a worker would have nothing to tell it from.
-        raise ConfigError(
-            f"train.p={config.train.p} identities cannot be shared by {workers} workers: "
-            "each takes as many, and two at least; change train.p or resources.train_workers"
-        )
     table, notes = split(inputs.plate_map, inputs.compounds, config.split, config.seed, config.train.label)
     check_leaks(table)
     write_table(screen.split, table, SPLIT, fingerprint)
@@ -152,9 +144,8 @@ def _fit(config: RunConfig, screen: Screen, job: _Job) -> str:
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers,
             use_gpu=resources.train_gpus > 0,
-            # Half of a small machine is left to the readers, or training would wait for them for ever.
             resources_per_worker={
-                "CPU": min(1.0, 0.5 * cpus / workers),
+                "CPU": worker_cpus(cpus, workers),
                 **({"GPU": resources.train_gpus} if resources.train_gpus else {}),
             },
             placement_strategy="SPREAD",
@@ -364,7 +355,8 @@ def _validate(
     gallery, gallery_label = _joined(shares, "gallery")
     # Their compounds differ, so nothing in the gallery is a query's own.
     groups = np.zeros(len(query)), np.ones(len(gallery))
-    return rank(query, query_label, groups[0], gallery, gallery_label, groups[1]).mean_average_precision
+    score = rank(query, query_label, groups[0], gallery, gallery_label, groups[1]).mean_average_precision
+    return None if math.isnan(score) else score  # no query has an MOA that the gallery has
 
 
 def _joined(shares: list[Any], kind: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -420,7 +412,7 @@ def _batches(job: _Job, first: int, rank_: int, workers: int) -> Iterator[dict[s
         yield from dataset.map(
             BatchReader,
             fn_constructor_args=(sources, job.augment, job.cache_bytes),
-            num_cpus=_READER_CPUS,
+            num_cpus=READER_CPUS,
             concurrency=job.readers,
         ).iter_rows()
         rows = []

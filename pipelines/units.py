@@ -70,6 +70,10 @@ def run_units(
     """
     done = screen.done_units(stage)
     left = [unit for unit in units if unit not in done]
+    for failure in screen.failures(stage):
+        # A run cut off between a unit's commit and this left a record that is no longer true.
+        if WellKey.parse(failure.unit) in done:
+            screen.clear_failure(stage, WellKey.parse(failure.unit))
     totals: Counter[str] = Counter()
     failed = 0
     with progress(stage, len(units), "wells") as advance:

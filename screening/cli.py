@@ -59,7 +59,7 @@ class LevelName(StrEnum):
 
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, e.g. train.epochs=20."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a setting (`screening config` lists them); repeatable."),
 ]
 FormatOption = Annotated[Format, typer.Option("--format", help="How to print the answer.")]
 ConfigArgument = Annotated[str, typer.Argument(help="The configuration (YAML).", show_default=False)]
@@ -79,11 +79,9 @@ def main() -> None:
         usage = type(error).__name__ == "ConfigError"
         typer.secho(f"error: {error}", err=True, fg="red")
         sys.exit(Exit.USAGE if usage else Exit.FAILED)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; the same command goes on from here", err=True)
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(Exit.DONE)
+    except OSError as error:
+        typer.secho(f"error: {error}", err=True, fg="red")
+        sys.exit(Exit.FAILED)
 
 
 def _show_version(wanted: bool) -> None:
@@ -105,7 +103,7 @@ def _common(
 def simulate(
     out: Annotated[str, typer.Argument(help="New folder.", show_default=False)],
     settings: SetOption = None,
-    cpus: Annotated[int | None, typer.Option(help="CPUs to use; all by default.")] = None,
+    cpus: Annotated[int | None, typer.Option(min=1, help="CPUs to use; all by default.")] = None,
 ) -> None:
     """Write a simulated screen with its truth and a run.yaml that is ready to run.
 
@@ -122,7 +120,9 @@ def simulate(
     try:
         config = SimulationConfig(**dict(map(split_override, settings or ())))
     except ValidationError as error:
-        raise ConfigError(f"the simulation's settings are not usable: {error}") from error
+        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'together'}: {e['msg']}" for e in error.errors())
+        known = ", ".join(SimulationConfig.model_fields)
+        raise ConfigError(f"the simulation's settings are not usable: {problems}; there are {known}") from error
     with cluster(ResourcesConfig(cpus=cpus)):
         wells = write(config, out)
     typer.echo(f"{out}: {wells} wells; run it: screening run {out}/{RUN_CONFIG} --out SCREEN")
@@ -267,7 +267,7 @@ def demo(
     plates, folder = f"{out}/plates", f"{out}/screen"
     with cluster(ResourcesConfig()):
         write(SimulationConfig(), plates)
-        failed = run_screen(load(f"{plates}/{RUN_CONFIG}", settings or ()), folder)
+    failed = run_screen(load(f"{plates}/{RUN_CONFIG}", settings or ()), folder)
     screen = Screen(folder)
     typer.echo("\nHeld-out tests: a cell's nearest cells, are they of its mechanism of action (MOA)?\n")
     _print(score_table(read_json(screen.evaluation)), Format.table)
@@ -287,7 +287,10 @@ def query(
     level: Annotated[LevelName, typer.Option(help="What to compare it with.")] = LevelName.compound,
     output: FormatOption = Format.table,
 ) -> None:
-    """Which compounds, wells or cells resemble a compound most?"""
+    """Which compounds, wells or cells resemble a compound most?
+
+    A cell's id is plate/well/site/track. Similarity is the cosine of profiles, or at level cell of embeddings.
+    """
     from pipelines.query import query as look_up
     from storage_schemas.screen import Screen
 
@@ -302,7 +305,11 @@ def predict(
     ] = None,
     output: FormatOption = Format.table,
 ) -> None:
-    """Which mechanism of action do a compound's cells vote for?"""
+    """Which mechanism of action do a compound's cells vote for?
+
+    Share of the votes, mean cosine distance (smaller is nearer) and whether the network was trained on the compound
+    (split); negative controls are a candidate, since an inactive compound looks like them.
+    """
     from pipelines.query import predict as vote
     from storage_schemas.screen import Screen
 

@@ -134,7 +134,8 @@ def choose_frames(n_frames: int, config: ClipsConfig) -> IntArray:
     if n_frames < needed:
         raise InputError(
             f"a movie of {n_frames} frames is too short for clips of {config.frames} frames, "
-            f"{config.step or 1} apart: it takes {needed}; set clips.frames or clips.step lower"
+            f"{config.step or 1} apart: it takes {needed}; set segment.clips.frames"
+            f"{' or segment.clips.step' if config.step else ''} lower"
         )
     if config.step:
         return np.arange(config.frames) * config.step

@@ -178,7 +178,12 @@ def _compile(layout: PatternLayout) -> re.Pattern[str]:
     if ("row" in groups) != ("column" in groups):
         raise InputError(f"pattern {layout.pattern!r}: the groups row and column go together")
     ways = ("well" in groups) + ("row" in groups) + (layout.well is not None)
-    if ways != 1:
+    if not ways:
+        raise InputError(
+            f"nothing says the well: give the pattern {layout.pattern!r} a group (?P<well>...), or row and column, or "
+            "name the well of all files (--well B02)"
+        )
+    if ways > 1:
         raise InputError(
             f"pattern {layout.pattern!r} with the fixed well {layout.well!r} tells the well in "
             f"{ways} ways: exactly one is needed, a group well, groups row and column, or a fixed well"

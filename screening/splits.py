@@ -95,9 +95,10 @@ def split(
     known = table[(table["replicate"] != held_out) & ~is_control & table["moa"].notna()]
     place = _divide_compounds(known, config, np.random.default_rng(seed))
     without_moa = "train" if label == "compound" else "unused"
+    seen = set(table["compound"][table["replicate"] != held_out])
 
     def part(compound: str, control: bool, replicate: str) -> str:
-        own = "train" if control else place.get(compound, without_moa)
+        own = "train" if control else place.get(compound, without_moa if compound in seen else "unused")
         if replicate != held_out:
             return own
         return "test_replicate" if own == "train" and not control else "unused"

@@ -242,9 +242,12 @@ def list_wells(plate_url: str, name: str, wells: Sequence[str]) -> None:
     Args:
         plate_url: the plate's folder.
         name: the plate's name, as plate maps spell it.
-        wells: canonical names of all wells that are there.
+        wells: canonical names of all wells that are there; without any it is no plate, and its metadata goes.
     """
     check_name(name, "plate")
+    if not wells:
+        store.remove(store.join(plate_url, "zarr.json"))
+        return
     split = [split_well(well) for well in sorted(set(wells))]
     rows = sorted({row for row, _ in split}, key=lambda row: (len(row), row))
     columns = sorted({column for _, column in split}, key=int)

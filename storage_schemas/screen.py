@@ -47,13 +47,14 @@ class StageRecord(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What a screen folder holds and how it came to be."""
+    """What a screen folder holds and how it came to be; ``inputs`` is a fingerprint of its plates and tables."""
 
     model_config = ConfigDict(extra="forbid")
     form: Literal["screen"] = "screen"
     version: Literal[1] = 1
     software: dict[str, str]
     config: dict[str, Any]
+    inputs: str
     stages: dict[str, StageRecord] = {}
 
 
@@ -184,8 +185,11 @@ class Screen:
         try:
             return Manifest.model_validate(store.read_json(self.manifest_url))
         except ValidationError as error:
+            wrong = sorted({".".join(map(str, entry["loc"])) for entry in error.errors()})
             raise SchemaError(
-                self.manifest_url, f"is not the manifest of a screen of version {VERSION}: {error}"
+                self.manifest_url,
+                f"is not the manifest of a screen of version {VERSION} (see {', '.join(wrong)}): another version of "
+                "screening wrote it, so choose another folder",
             ) from error
 
     def write_manifest(self, manifest: Manifest) -> None:

@@ -42,12 +42,10 @@ def test_demo_knows_unseen_compounds_and_needs_time_to_tell_the_kinetic_pair(tmp
     assert digests(image_screen, "cells", "clips") == segmented
     image = evaluation(image_screen)
 
-    for name, scores in (("full", full), ("image", image)):
-        print(name, scores["rank1"], kinetic_pair(scores))
     rank1 = full["rank1"]
     assert rank1["value"] >= 3 * rank1["chance"]
     assert rank1["low"] > rank1["chance"]
     with_time, without = kinetic_pair(full), kinetic_pair(image)
-    assert with_time["low"] > without["value"]
-    # Near chance: a coin's flip of a pair, give or take what some dozens of cells do by luck.
-    assert abs(without["value"] - without["chance"]) < 0.2
+    assert with_time["low"] > without["high"]
+    # Two held-out compounds, each with ways of its own: near a coin's flip is as much as can be said.
+    assert abs(without["value"] - without["chance"]) < 0.25

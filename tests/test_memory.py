@@ -53,6 +53,7 @@ def write_screen(folder: Path, n_plates: int) -> Path:
             "clips": {"frames": 8, "window": {"method": "fixed"}},
         },
         "model": {"depth": 10, "stem_frames": 3},
+        "profiles": {"normalise": {"method": "plate"}},
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
     return folder / "run.yaml"
@@ -76,6 +77,5 @@ def peaks(folder: Path, n_plates: int) -> dict[str, int]:
 def test_four_times_the_wells_take_no_more_memory(tmp_path: Path) -> None:
     # The fewer take long enough for every process to reach its working size.
     few, many = peaks(tmp_path / "few", 2), peaks(tmp_path / "many", 8)
-    print(few, many)
     for stage in ("segment", "embed"):
         assert many[stage] < 1.1 * few[stage], f"{stage}: {few[stage] / 2**20:.0f} → {many[stage] / 2**20:.0f} MiB"

@@ -24,6 +24,7 @@ B02, C11 = WellKey("plate 1", "B02"), WellKey("plate 2", "C11")
 MANIFEST = Manifest(
     software={"screening": "0.1.0"},
     config={"seed": 1, "nested": {"α": [1.5, None]}},
+    inputs="0123456789abcdef",
     stages={"segment": StageRecord(fingerprint="abc", done=True, counts={"wells": 2}, notes=["one"], seconds=1.5)},
 )
 

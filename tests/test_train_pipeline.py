@@ -136,9 +136,8 @@ def test_compounds_can_be_the_identities_and_validation_may_be_absent(
 def test_identities_that_workers_cannot_share_are_refused(
     p: int, workers: int, local_ray: None, segmented: Path, configure: Callable[..., RunConfig]
 ) -> None:
-    config = configure(f"train.p={p}", f"resources.train_workers={workers}")
     with pytest.raises(ConfigError, match=rf"train\.p={p} identities cannot be shared by {workers} workers"):
-        run(config, str(segmented), ("train",), update=True)
+        run(configure(f"train.p={p}", f"resources.train_workers={workers}"), str(segmented), ("train",), update=True)
     assert not (segmented / "checkpoint").exists()
 
 
