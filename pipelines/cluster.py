@@ -48,7 +48,7 @@ def cluster(resources: ResourcesConfig) -> Iterator[None]:
     quiet_ray_data()
     try:
         with _translated():
-            _check_room(resources)
+            check_room(resources)
             yield
     finally:
         ray.shutdown()
@@ -67,7 +67,7 @@ def _translated() -> Iterator[None]:
         raise InputError(f"Ray could not go on: {error}") from error
 
 
-def _check_room(resources: ResourcesConfig) -> None:
+def check_room(resources: ResourcesConfig) -> None:
     """Refuse what this machine can never place: Ray would wait for it without end. A cluster may still grow.
 
     Raises:

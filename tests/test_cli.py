@@ -147,8 +147,8 @@ def test_wrong_usage_is_code_2(
     ("arguments", "said"),
     [
         (["run", "{config}", "--out", "{out}"], "plate_map.csv: no such file"),
-        (["query", "{out}", "--compound", "DMSO"], "has no index: run the stage `index` first"),
-        (["predict", "{out}"], "has no index"),
+        (["query", "{out}", "--compound", "DMSO"], "is not a screen: it has no manifest.json"),
+        (["predict", "{out}"], "is not a screen"),
         (["status", "{out}"], "is not a screen: it has no manifest.json"),
         (["ingest", "{out}/tiffs", "{out}/p.zarr", "--well", "A1"], "no such file or folder"),
         (["status", "nowhere://bucket/screen"], "cannot be opened"),

@@ -8,8 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pipelines.config import InputsConfig
+from pipelines.cluster import check_room
+from pipelines.config import ConfigError, InputsConfig, RunConfig, parse
 from pipelines.inputs import Inputs, open_inputs
+from pipelines.run import run
 from storage_schemas.errors import InputError
 from storage_schemas.keys import WellKey
 from storage_schemas.plate import create_well, list_wells
@@ -190,3 +192,47 @@ def test_long_lists_are_cut_short(folder: Path) -> None:
 def test_wells_spelt_otherwise_are_the_same_wells(folder: Path) -> None:
     edit(folder / "plate_map.csv", "p1,B02", "p1,b2")
     assert WellKey("p1", "B02") in opened(folder).wells
+
+
+def configured(folder: Path, **settings: object) -> RunConfig:
+    inputs = {
+        "plates": [f"{folder}/plates/*.zarr"],
+        "plate_map": f"{folder}/plate_map.csv",
+        "compounds": f"{folder}/compounds.csv",
+    }
+    document = {"inputs": inputs, "segment": {"channels": {"nucleus": "dna"}}, **settings}
+    return parse(document, "test")
+
+
+def test_a_plate_without_mapped_wells_is_left_out(folder: Path) -> None:
+    edit(folder / "plate_map.csv", "p2,A01,DMSO,negative_control\np2,B02,FCCP,treatment\n", "")
+    inputs = opened(folder, unmapped_wells="skip")
+    assert set(inputs.plates) == {"p1"}
+    assert inputs.wells == [WellKey("p1", "A01"), WellKey("p1", "B02")]
+
+
+def test_a_misspelt_mechanism_is_found_before_anything_is_written(folder: Path) -> None:
+    config = configured(folder, evaluation={"contrasts": [["uncoupler", "uncopler"]]})
+    with pytest.raises(ConfigError, match=r"has the MOA 'uncopler'; did you mean 'uncoupler'\?"):
+        run(config, str(folder / "screen"))
+    assert not (folder / "screen").exists()
+
+
+def test_a_plate_without_controls_is_found_before_anything_is_written(folder: Path) -> None:
+    edit(folder / "plate_map.csv", "p2,A01,DMSO,negative_control", "p2,A01,DMSO,treatment")
+    with pytest.raises(ConfigError, match=r"plate\(s\) \['p2'\] have no well of the role negative_control"):
+        run(configured(folder), str(folder / "screen"))
+    assert not (folder / "screen").exists()
+
+
+def test_more_than_the_machine_has_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
+    for setting, said in (
+        ({"segment_cpus": 3}, "segment_cpus asks for 3 CPUs and there are 2"),
+        ({"train_readers": 9}, "train_readers asks for 3.25 CPUs"),
+        ({"train_gpus": 1}, "train_gpus asks for 1 GPUs and there are 0"),
+        ({"embed_gpus": 0.5}, "embed_gpus asks for 0.5 GPUs"),
+    ):
+        with pytest.raises(InputError, match=said):
+            check_room(configured(folder, resources=setting).resources)

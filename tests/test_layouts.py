@@ -122,7 +122,7 @@ def test_names_that_do_not_match_are_told() -> None:
         (PatternLayout(pattern="(?P<well>"), "not a regular expression: .* at character"),
         (PatternLayout(pattern="(?P<well>B02)(?P<tiem>1)"), "'tiem' .did you mean 'time'"),
         (PatternLayout(pattern="(?P<row>B)"), "row and column go together"),
-        (PatternLayout(pattern="(?P<site>1)"), "in 0 ways"),
+        (PatternLayout(pattern="(?P<site>1)"), "nothing says the well"),
         (PatternLayout(pattern="(?P<well>B02)", well="B02"), "in 2 ways"),
         (PatternLayout(pattern="(?P<well>B02)(?P<row>B)(?P<column>2)"), "in 2 ways"),
         (PatternLayout(pattern="(?P<well>C03)"), r"matches none of 1 .*'B02_1.tif'"),

@@ -14,7 +14,7 @@ import pytest
 from conftest import Command
 
 from pipelines.inputs import well_keys
-from pipelines.query import nearest_compounds, predict, query
+from pipelines.query import NO_EFFECT, nearest_compounds, predict, query
 from pipelines.vectors import read_embeddings, vectors
 from storage_schemas.errors import InputError
 from storage_schemas.index import LEVELS, Level
@@ -142,20 +142,25 @@ def test_votes_of_one_compound(screen: Screen) -> None:
     compounds, values = level_vectors(screen, "cell")
     votes = predict(screen, COMPOUND)
     assert set(votes["compound"]) == {COMPOUND}
-    assert set(votes["moa"]) == {"uncoupler", "potassium ionophore"}
+    assert set(votes["moa"]) == {"uncoupler", "potassium ionophore", NO_EFFECT}
     assert votes["share"].sum() == pytest.approx(1)
     assert votes["share"].is_monotonic_decreasing
     assert (votes["n_cells"] == (compounds == COMPOUND).sum()).all()
     assert (votes["true_moa"] == "uncoupler").all()
 
-    # A cell votes for the mechanism of the nearest cell of another compound; controls have none.
+    # A cell votes for the mechanism of the nearest cell of another compound, controls among them.
     directions = unit(values)
     own = (compounds == COMPOUND).to_numpy()
-    others = (~own) & (compounds != "DMSO").to_numpy()
+    others = ~own
     nearest = (directions[own] @ directions[others].T).argmax(axis=1)
-    voted = compounds[others].iloc[nearest].str.rsplit("-", n=1).str[0].str.replace("-", " ")
+    voted = compounds[others].iloc[nearest].str.rsplit("-", n=1).str[0].str.replace("-", " ").replace("DMSO", NO_EFFECT)
     for moa, share in votes.set_index("moa")["share"].items():
         assert share == pytest.approx((voted == moa).mean())
+
+
+def test_a_negative_control_is_not_predicted(screen: Screen) -> None:
+    with pytest.raises(InputError, match="'DMSO' is a negative control"):
+        predict(screen, "DMSO")
 
 
 def test_votes_of_all_compounds_are_their_first_choices(screen: Screen) -> None:

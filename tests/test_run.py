@@ -180,7 +180,7 @@ def test_another_configuration_is_refused_with_what_differs(
     changed = ("--set", "train.epochs=3", "--set", "segment.nuclei.min_area=0.2")
     done = command("run", small_screen / "run.yaml", "--out", screen_copy, *small_settings, *changed)
     assert (done.code, done.out) == (2, "")
-    assert f"error: {screen_copy}: holds a run of another configuration:" in done.err
+    assert f"error: {screen_copy}: holds a run of another configuration or other inputs:" in done.err
     assert "  train.epochs: 2 → 3\n" in done.err
     assert "  segment.nuclei.min_area: 0.14 → 0.2\n" in done.err
     assert "--update" in done.err

@@ -138,3 +138,21 @@ def test_a_leak_is_refused(part: str, message: str) -> None:
     table.loc[row, "split"] = part
     with pytest.raises(InputError, match=message):
         check_leaks(table)
+
+
+def test_a_compound_without_a_mechanism_is_trained_on_only_where_compounds_are_told_apart() -> None:
+    plate_map = pd.DataFrame(
+        {
+            "plate": ["p1", "p1", "p2", "p2"],
+            "well": ["A01", "A02", "A01", "A02"],
+            "compound": ["both", "first", "both", "last"],
+            "role": "treatment",
+            "replicate": ["1", "1", "2", "2"],
+        }
+    )
+    compounds = pd.DataFrame({"compound": ["both", "first", "last"], "moa": None})
+    by_moa = split(plate_map, compounds, SplitConfig(), seed=0).table
+    by_compound = split(plate_map, compounds, SplitConfig(), seed=0, label="compound").table
+    assert set(by_moa["split"]) == {"unused"}
+    # `last` is only in the held-out replicate: it was never trained on, so there is nothing to test there.
+    assert by_compound["split"].tolist() == ["train", "train", "test_replicate", "unused"]
