@@ -285,24 +285,28 @@ def test_bad_wells_cost_themselves_and_a_repaired_screen_is_as_if_never_damaged(
     for chunk in site_chunks(plates_copy, deleted):
         damage(chunk, None)
     damage(site_chunks(plates_copy, dropped)[1], None)
+    # The first well of its plate, which the others are not to suffer for.
+    unlisted = WellKey("plate-1", "A01")
+    damage(plates_copy / "plates/plate-1.zarr/A/01/zarr.json", None)
 
     folder = tmp_path / "screen"
     arguments = ("run", plates_copy / "run.yaml", "--out", folder, *small_settings, "--stages", "segment")
     done = command(*arguments)
     assert done.code == 3
-    assert done.out == f"{folder}: done; 2 well(s) failed, see screening status {folder}\n"
+    assert done.out == f"{folder}: done; 3 well(s) failed, see screening status {folder}\n"
     row = status_rows(command, folder)["segment"]
-    assert (row["state"], row["done"], row["failed"], row["left"]) == ("done", 14, 2, 0)
+    assert (row["state"], row["done"], row["failed"], row["left"]) == ("done", 13, 3, 0)
     status = command("status", folder).out
     assert re.search(
         rf"failed in segment: {truncated}: SchemaError: .*/A/02/0/0: cannot be read: a chunk is truncated", status
     )
+    assert re.search(rf"failed in segment: {unlisted}: SchemaError: .*/A/01: is not a readable Zarr group", status)
     assert re.search(rf"failed in segment: {deleted}: InputError: .*/B/01/0: every pixel is 0", status)
 
     # Nothing is there of what failed, and nothing half of anything.
     screen = Screen(str(folder))
-    assert len(wells_of(screen)) == 14
-    for well in (truncated, deleted):
+    assert len(wells_of(screen)) == 13
+    for well in (truncated, deleted, unlisted):
         assert not any(Path(url).exists() for url in (screen.cells(well), screen.quality(well), screen.clips(well)))
     assert not half_written(folder)
     # A lost frame is a bad frame, not a bad well.
