@@ -85,8 +85,7 @@ def _blur(images: Tensor, config: AugmentConfig, generator: torch.Generator) -> 
     # Imported here: it takes seconds, and only those who blur need it.
     gaussian_blur = import_torchvision("torchvision.transforms.v2.functional").gaussian_blur
     size = 2 * math.ceil(2 * config.max_blur) + 1
-    # Clip by clip, though it is a loop: 2 to 9 times as fast on a CPU as one grouped convolution
-    # for all.
+    # Clip by clip, though it is a loop: one grouped convolution for all is slower on a CPU.
     for i in chosen:
         images[i] = gaussian_blur(images[i], [size, size], [sigmas[i], sigmas[i]])
     return images

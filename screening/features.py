@@ -138,8 +138,8 @@ def _gather(labels: Labels, stack: npt.NDArray[Any], n_tracks: int) -> tuple[Sum
     return shape, intensity, box
 
 
-# Both passes go by runs of one label in a row: sums stay in registers until a run ends, which is
-# several times faster than adding to the object's sums at every pixel.
+# Both passes go by runs of one label in a row: sums stay in registers until a run ends, which spares
+# adding to the object's sums at every pixel.
 
 
 @numba.njit(cache=True, nogil=True)

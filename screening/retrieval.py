@@ -319,7 +319,7 @@ def _ranks(row: Floats, matches: Ints) -> Ints:
     """Ascending ranks (from 1) of the matches in descending ``row``, ties by position."""
     ordered = np.sort(row)
     not_above = np.searchsorted(ordered, np.sort(row[matches])[::-1], side="right")
-    # Sorting values is several times faster than sorting positions, which only ties need.
+    # Sorting values is cheaper than sorting positions, which only ties need.
     if np.any(ordered[not_above - 1] == ordered[not_above - 2]):
         is_match = np.zeros(row.size, bool)
         is_match[matches] = True

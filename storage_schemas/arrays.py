@@ -14,7 +14,7 @@ from zarr.storage import FsspecStore, LocalStore
 from storage_schemas import store
 from storage_schemas.errors import SchemaError
 
-# Decodes at 1.6 GB/s and is 1.7 times smaller on realistic 16-bit planes: the best of the codecs measured. Blosc itself
+# Fast to decode and, by the bit shuffle, small on 16-bit planes, which plain lz4 hardly shrinks. Blosc itself
 # decodes truncated and altered chunks to other pixels without a word, hence the checksum.
 COMPRESSORS = (BloscCodec(cname="lz4", clevel=5, shuffle=BloscShuffle.bitshuffle), Crc32cCodec())
 
