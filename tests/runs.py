@@ -35,7 +35,7 @@ class Run:
                 env={**os.environ, **environment},
             )
 
-    def wait(self, timeout: float = 400) -> int:
+    def wait(self, timeout: float = 900) -> int:
         """The exit code, once it has ended; a run that does not end is killed."""
         try:
             return self._process.wait(timeout)
@@ -43,7 +43,7 @@ class Run:
             self.kill("tree")
             raise
 
-    def wait_until(self, reached: Callable[[], bool], timeout: float = 400) -> None:
+    def wait_until(self, reached: Callable[[], bool], timeout: float = 900) -> None:
         """Return as soon as ``reached`` says so; fail if the run ends before or takes too long."""
         end = time.monotonic() + timeout
         while not reached():
