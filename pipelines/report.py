@@ -36,7 +36,7 @@ def report(config: RunConfig, inputs: Inputs, screen: Screen, fingerprint: str) 
     metrics = open_table(screen.training_metrics, TRAINING_METRICS).to_pandas()
     keys, embeddings = read_embeddings(screen, inputs.wells)
     maps = inputs.plate_map.merge(inputs.compounds[["compound", "moa"]], on="compound", how="left")
-    examples = _examples(inputs, screen, maps, rng)
+    examples = _examples(screen, maps, rng)
     data = ReportData(
         title=config.title,
         provenance={
@@ -90,7 +90,7 @@ def _map(
     return table.merge(maps[columns], on=["plate", "well"], how="left")
 
 
-def _examples(inputs: Inputs, screen: Screen, maps: pd.DataFrame, rng: np.random.Generator) -> list[Example]:
+def _examples(screen: Screen, maps: pd.DataFrame, rng: np.random.Generator) -> list[Example]:
     """A cell of one well of each compound, a compound of each MOA first, controls among them."""
     done = screen.done_units("segment")
     here = [key in done for key in well_keys(maps)]

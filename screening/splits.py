@@ -14,13 +14,13 @@ Validation compounds, from which the best epoch is chosen, are apart from both.
 
 from __future__ import annotations
 
-import re
 from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 from pydantic import Field
 
+from screening.layouts import natural
 from storage_schemas.base import Config
 from storage_schemas.errors import InputError
 
@@ -89,7 +89,7 @@ def split(
     table.insert(3, "moa", moa)
 
     is_control = table["role"] == "negative_control"
-    replicates = sorted(table["replicate"].unique(), key=_natural)
+    replicates = sorted(table["replicate"].unique(), key=natural)
     held_out = replicates[-1] if config.hold_out_replicate and len(replicates) > 1 else None
 
     known = table[(table["replicate"] != held_out) & ~is_control & table["moa"].notna()]
@@ -126,12 +126,6 @@ def _divide_compounds(known: pd.DataFrame, config: SplitConfig, rng: np.random.G
 
 def _at_least_one(share: float, n: int) -> int:
     return max(round(share * n), 1) if share > 0 else 0
-
-
-def _natural(text: str) -> list[tuple[bool, int, str]]:
-    """Sort key by which replicate 10 comes after replicate 9."""
-    parts = re.findall(r"\d+|\D+", text)
-    return [(p.isdigit(), int(p) if p.isdigit() else 0, p) for p in parts]
 
 
 def _notes(table: pd.DataFrame, held_out: str | None, config: SplitConfig, without_moa: str) -> list[str]:
