@@ -47,7 +47,15 @@ class StageRecord(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What a screen folder holds and how it came to be; ``inputs`` is a fingerprint of its plates and tables."""
+    """What a screen folder holds and how it came to be.
+
+    Attributes:
+        software: version of each library that a result may depend on.
+        config: what it was made with.
+        inputs: fingerprint of its plates and tables.
+        cells: the screen whose segmented wells it takes for its own; null where it has its own.
+        stages: what is known of each stage that has begun.
+    """
 
     model_config = ConfigDict(extra="forbid")
     form: Literal["screen"] = "screen"
@@ -55,6 +63,7 @@ class Manifest(BaseModel):
     software: dict[str, str]
     config: dict[str, Any]
     inputs: str
+    cells: str | None = None
     stages: dict[str, StageRecord] = {}
 
 
@@ -84,6 +93,16 @@ class Screen:
 
     url: str
     segmented: Screen | None = None
+
+    @classmethod
+    def open(cls, url: str) -> Screen:
+        """A screen that is there, with the one whose segmented wells it takes.
+
+        Raises:
+            SchemaError: if there is none.
+        """
+        cells = cls(url).read_manifest().cells
+        return cls(url, cls(cells) if cells is not None else None)
 
     # --- paths -------------------------------------------------------------------------------
 
@@ -117,6 +136,11 @@ class Screen:
     def clips(self, well: WellKey) -> str:
         """A well's clips."""
         return self._owner("segment")._path("clips", well.plate, f"{well.well}.zarr")
+
+    @property
+    def sequences(self) -> str:
+        """What imported cells were before: a row an image sequence; only where cells were imported."""
+        return self._owner("segment")._path("sequences.parquet")
 
     @property
     def split(self) -> str:
@@ -196,6 +220,11 @@ class Screen:
         """Replace the manifest."""
         store.write_json(self.manifest_url, manifest.model_dump(mode="json"))
 
+    def write_record(self, stage: Stage, record: StageRecord) -> None:
+        """Replace what the manifest says of a stage."""
+        manifest = self.read_manifest()
+        self.write_manifest(manifest.model_copy(update={"stages": {**manifest.stages, stage: record}}))
+
     # --- units of work -----------------------------------------------------------------------
 
     def done_units(self, stage: Literal["segment", "embed"]) -> set[WellKey]:
@@ -208,8 +237,10 @@ class Screen:
             return []
         units = self.done_units(stage)
         plates = sorted({unit.plate for unit in units}) if stage == "segment" else []
-        calibrations = [hashlib.sha256(store.read_bytes(self.calibration(plate))).hexdigest() for plate in plates]
-        return [*map(str, sorted(units)), *calibrations]
+        # Imported cells come without.
+        calibrations = [url for url in map(self.calibration, plates) if store.exists(url)]
+        digests = [hashlib.sha256(store.read_bytes(url)).hexdigest() for url in calibrations]
+        return [*map(str, sorted(units)), *digests]
 
     def remove_cells(self, plate: str) -> None:
         """Remove a plate's tables of cells, so that `segment` does its wells again."""
@@ -219,7 +250,7 @@ class Screen:
         """Remove everything that a stage has written, the tables that commit its units first."""
         assert self._owner(stage) is self, "what is borrowed is not removed"
         written: dict[str, Sequence[str]] = {
-            "segment": ("cells", "quality", "clips", "calibration"),
+            "segment": ("cells", "quality", "clips", "calibration", "sequences.parquet"),
             "train": ("checkpoint", "split.parquet", "train"),
             "embed": ("embeddings",),
             "index": ("index", "profiles"),

@@ -108,6 +108,19 @@ QUALITY = TableForm(
     ),
 )
 
+SEQUENCES = TableForm(
+    "sequences",
+    1,
+    pa.schema(
+        [
+            *_CELL_KEYS,
+            ("part", pa.string()),  # what the data's makers used the cell for: train, query, gallery, nc or novel
+            ("folder", pa.string()),  # of its images, below the folder that was imported
+            ("frames", pa.list_(pa.int32())),  # frames of the clip whose image files are there, counted from 0
+        ]
+    ),
+)
+
 SPLIT = TableForm(
     "split",
     1,
@@ -333,14 +346,18 @@ def _conform(url: str, table: pa.Table, form: TableForm) -> pa.Table:
         raise SchemaError(url, f"a column of this {form.name} table has the wrong type: {error}") from error
 
 
-def read_user_table(url: str) -> pd.DataFrame:
+def read_user_table(url: str, sheet: str | None = None) -> pd.DataFrame:
     """Read a table a user wrote: CSV or TSV (gzipped too), Parquet or XLSX. All cells come as text or null.
 
     Rows without any value are left out. The frame's index says where a row stands: line ``index + 1`` of the file,
     whose header is line 1.
 
+    Args:
+        url: where it lies.
+        sheet: of an XLSX file; the first by default.
+
     Raises:
-        SchemaError: if the file is missing, of another kind, or unreadable.
+        SchemaError: if the file is missing, of another kind, or unreadable, or has no such sheet.
     """
     data = store.read_bytes(url)
     name = url.lower()
@@ -350,7 +367,7 @@ def read_user_table(url: str) -> pd.DataFrame:
         elif name.endswith(".parquet"):
             cells = _read_parquet(url, data)
         elif name.endswith(".xlsx"):
-            cells = pd.read_excel(io.BytesIO(data), header=None, dtype=str, keep_default_na=False)
+            cells = _read_xlsx(url, data, sheet)
         else:
             raise SchemaError(url, "expected a .csv, .tsv, .parquet or .xlsx table")
     except SchemaError:
@@ -382,6 +399,13 @@ def _read_text(data: bytes) -> pd.DataFrame:
         keep_default_na=False,
         skip_blank_lines=False,
     )
+
+
+def _read_xlsx(url: str, data: bytes, sheet: str | None) -> pd.DataFrame:
+    with pd.ExcelFile(io.BytesIO(data), engine="openpyxl") as book:
+        if sheet is not None and sheet not in book.sheet_names:
+            raise SchemaError(url, f"has no sheet {sheet!r}; its sheets are {book.sheet_names}")
+        return book.parse(sheet or 0, header=None, dtype=str, keep_default_na=False)
 
 
 def _read_parquet(url: str, data: bytes) -> pd.DataFrame:
