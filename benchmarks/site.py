@@ -1,6 +1,8 @@
-"""Where the time of a site goes: CPU seconds of each step from pixels to clips, on simulated movies.
+"""A site's way from stored pixels to clips, ours beside the plain way: CPU time of each step and F1 against the truth.
 
-Run: ``python benchmarks/site.py [HEIGHT]``. One process, one thread, medians over rounds.
+Run: ``python benchmarks/site.py [SIDE] [ROUNDS]``. A simulated site of 16 × 3 × SIDE² pixels, one process, one
+thread; both ways in turn, medians over the rounds. Both see the pixels as stored, for the plain way corrects
+nothing: what correcting and judging them costs us stands below.
 """
 
 from __future__ import annotations
@@ -9,69 +11,132 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
+import numpy.typing as npt
+import plain
+from threadpoolctl import threadpool_limits
 
 from screening import clips, features, quality, segmentation, tracking
-from screening.illumination import FlatField, calibrate, correct
+from screening.illumination import Calibration, FlatField, calibrate, correct
 from screening.simulation import CHANNELS, SimulationConfig, simulate_site
 from storage_schemas.plate import create_well, list_wells, open_plate, open_site
 
-ROUNDS = 5
+CELLS_IN_2048 = 480
+CONFIG = clips.ClipsConfig(frames=16)
+Labels = npt.NDArray[np.int32]
 T = TypeVar("T")
 
 
-def main(side: int) -> None:
-    """Print a row a step."""
-    cv2.setNumThreads(1)
-    config = SimulationConfig(height=side, width=side, cells_per_site=round(18 * (side / 384) ** 2))
-    stack = simulate_site(config, "plate-1", "A01", 0).stack
-    calibration = calibrate([stack], FlatField(min_sites=1))
-    clips_config = clips.ClipsConfig(frames=8, size=64, window=clips.FixedWindow(size=64))
-    seconds: dict[str, list[float]] = {}
+class Stopwatch:
+    """CPU seconds of steps, by name, all threads of the process included."""
 
-    def step(name: str, function: Callable[[], T]) -> T:
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+
+    def __call__(self, step: str, function: Callable[..., T], *arguments: Any) -> T:
         start = time.process_time()
-        result = function()
-        seconds.setdefault(name, []).append(time.process_time() - start)
+        result = function(*arguments)
+        self.seconds[step].append(time.process_time() - start)
         return result
 
-    with tempfile.TemporaryDirectory() as folder:
-        create_well(f"{folder}/p.zarr", "A01", {"0": stack}, CHANNELS)
+
+def nuclei_of(channel: npt.NDArray[Any]) -> Labels:
+    return np.stack([segmentation.segment_nuclei(plane) for plane in channel])
+
+
+def cells_of(channel: npt.NDArray[Any], nuclei: Labels) -> Labels:
+    return np.stack([segmentation.segment_cells(*planes) for planes in zip(channel, nuclei, strict=True)])
+
+
+def our_clips(
+    stack: npt.NDArray[Any], cells: Labels, tracks: features.Tracks, calibration: Calibration
+) -> npt.NDArray[np.uint8]:
+    frames = clips.choose_frames(len(stack), CONFIG)
+    bad = np.zeros(len(stack), bool)
+    chosen = clips.select(tracks, frames, bad, stack.shape[2:], CONFIG)
+    kept = chosen.loc[chosen["excluded"] == clips.KEPT, "track"].to_numpy()
+    return clips.cut(stack, cells, tracks, kept, frames, bad, calibration.low, calibration.high, CONFIG)
+
+
+def our_way(url: str, calibration: Calibration, clock: Stopwatch) -> tuple[Labels, Labels, int]:
+    stack = clock("read", lambda: open_site(url).read())
+    nuclei = clock("nuclei", nuclei_of, stack[:, 0])
+    nuclei, _ = clock("tracking", tracking.link, nuclei)
+    cells = clock("cells", cells_of, stack[:, 1], nuclei)
+    tracks = clock("measures", features.measure, nuclei, cells, stack, CHANNELS)
+    return nuclei, cells, len(clock("clips", our_clips, stack, cells, tracks, calibration))
+
+
+def plain_way(url: str, calibration: Calibration, clock: Stopwatch) -> tuple[Labels, Labels, int]:
+    stack = clock("read", plain.read, url)
+    nuclei = clock("nuclei", lambda: np.stack([plain.segment_nuclei(plane) for plane in stack[:, 0]]))
+    nuclei = clock("tracking", plain.link, nuclei)
+    cells = clock(
+        "cells",
+        lambda: np.stack([plain.segment_cells(plane, ids) for plane, ids in zip(stack[:, 1], nuclei, strict=True)]),
+    )
+    measures = clock("measures", lambda: (plain.measure(nuclei, stack), plain.measure(cells, stack)))[1]
+    cut = clock("clips", plain.cut, stack, cells, measures, calibration.low, calibration.high, CONFIG.size)
+    return nuclei, cells, len(cut)
+
+
+def agreement(truth: Labels, found: Labels) -> tuple[float, float]:
+    """F1 at IoU 0.5 over all frames, and the mean IoU of the matched objects."""
+    hits: list[float] = []
+    n_objects = 0
+    for true, mine in zip(truth.astype(np.int64), found, strict=True):
+        shape = int(true.max()) + 1, int(mine.max()) + 1
+        shared = np.bincount((true * shape[1] + mine).ravel(), minlength=shape[0] * shape[1]).reshape(shape)
+        one, other = shared.sum(axis=1), shared.sum(axis=0)
+        iou = (shared / np.maximum(one[:, None] + other - shared, 1))[1:, 1:]
+        hits.extend(iou[iou > 0.5])
+        n_objects += np.count_nonzero(one[1:]) + np.count_nonzero(other[1:])
+    return 2 * len(hits) / n_objects, float(np.mean(hits))
+
+
+def main(side: int, rounds: int) -> None:
+    """Print a row a step, and what either way found."""
+    cv2.setNumThreads(1)
+    config = SimulationConfig(
+        frames=16, height=side, width=side, cells_per_site=round(CELLS_IN_2048 * (side / 2048) ** 2)
+    )
+    truth = simulate_site(config, "plate-1", "A01", 0)
+    calibration = calibrate([truth.stack], FlatField(min_sites=1))
+    ways = {"ours": our_way, "plain": plain_way}
+    clocks = {name: Stopwatch() for name in ways}
+    found: dict[str, tuple[Labels, Labels, int]] = {}
+    beside = Stopwatch()
+    with tempfile.TemporaryDirectory() as folder, threadpool_limits(1):
+        create_well(f"{folder}/p.zarr", "A01", {"0": truth.stack}, CHANNELS)
         list_wells(f"{folder}/p.zarr", "p", ["A01"])
         (url,) = open_plate(f"{folder}/p.zarr").sites("A01").values()
-        for _ in range(ROUNDS + 1):
-            pixels = step("read", lambda: open_site(url).read())
-            bad = step("quality", lambda p=pixels: quality.flag_frames(quality.measure(p), quality.QualityConfig()))
-            flat = step("illumination", lambda p=pixels: correct(p, calibration))
-            nuclei = step("nuclei", lambda f=flat: np.stack([segmentation.segment_nuclei(p) for p in f[:, 0]]))
-            linked, _ = step("tracking", lambda n=nuclei: tracking.link(n))
-            cells = step(
-                "cells",
-                lambda f=flat, n=linked: np.stack(
-                    [segmentation.segment_cells(p, m) for p, m in zip(f[:, 1], n, strict=True)]
-                ),
-            )
-            tracks = step("features", lambda f=flat, n=linked, c=cells: features.measure(n, c, f, CHANNELS))
-            frames = clips.choose_frames(len(flat), clips_config)
-            chosen = clips.select(tracks, frames, bad, (side, side), clips_config)
-            kept = chosen.loc[chosen["excluded"] == clips.KEPT, "track"].to_numpy()
-            step(
-                "clips",
-                lambda f=flat, c=cells, t=tracks, k=kept, fr=frames, b=bad: clips.cut(
-                    f, c, t, k, fr, b, calibration.low, calibration.high, clips_config
-                ),
-            )
-    # The first round compiles.
-    medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
-    total = sum(medians.values())
-    print(f"{'×'.join(map(str, stack.shape))} pixels, {len(tracks.present)} tracks, {len(kept)} clips")
-    for name, median in {**medians, "total": total}.items():
-        print(f"{name:<13} {1e3 * median:8.1f} ms CPU  {median / total:6.1%}")
+        our_way(url, calibration, Stopwatch())  # compiles
+        for _ in range(rounds):
+            for name, way in ways.items():
+                found[name] = way(url, calibration, clocks[name])
+            beside("quality", lambda: quality.flag_frames(quality.measure(truth.stack), quality.QualityConfig()))
+            beside("illumination", correct, truth.stack, calibration)
+
+    ours, theirs = ({step: statistics.median(s) for step, s in clocks[name].seconds.items()} for name in ways)
+    print(f"{'×'.join(map(str, truth.stack.shape))} pixels, medians of {rounds} rounds, ms of CPU")
+    print(f"{'':<14}{'ours':>9}{'plain':>9}{'ratio':>8}")
+    for step in [*ours, "total"]:
+        mine, other = (sum(s.values()) if step == "total" else s[step] for s in (ours, theirs))
+        print(f"{step:<14}{1e3 * mine:>9.0f}{1e3 * other:>9.0f}{other / mine:>8.1f}")
+    for step, seconds in beside.seconds.items():
+        print(f"{step:<14}{1e3 * statistics.median(seconds):>9.0f}{'-':>9}{'-':>8}")
+    for name, (nuclei, cells, n_clips) in found.items():
+        scores = [
+            f"{f1:.3f} (IoU {iou:.2f})" for f1, iou in map(agreement, (truth.nuclei, truth.cells), (nuclei, cells))
+        ]
+        print(f"{name}: F1 of nuclei {scores[0]}, of cells {scores[1]}; {nuclei.max()} tracks, {n_clips} clips")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 384)
+    arguments = [int(argument) for argument in sys.argv[1:]]
+    main(*arguments, *(1024, 5)[len(arguments) :])
