@@ -110,7 +110,7 @@ def process_site(
             for t in range(len(stack))
         ]
     )
-    tracks = features.measure(nuclei, cells, corrected, channels)
+    tracks = features.measure(nuclei, cells, corrected, channels, calibration.low)
     selection = clips.select(tracks, frames, bad, stack.shape[2:], config.clips)
     kept = selection["excluded"] == clips.KEPT
     selection["clip"] = pd.array(np.where(kept, kept.cumsum() - 1, -1), dtype="Int32")

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from skimage.measure import regionprops
+from skimage.morphology import convex_hull_image
 
 from screening import features
 
@@ -27,51 +28,134 @@ def movie(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return nuclei, cells, rng.integers(0, 4000, (3, 2, 40, 50)).astype(np.uint16)
 
 
-def geary(mask: np.ndarray, plane: np.ndarray) -> float:
-    """Geary's ratio over 4-neighbours, pixel by pixel."""
+def variogram(mask: np.ndarray, plane: np.ndarray, lag: int) -> float:
+    """Mean squared difference of pixels of the mask that lie ``lag`` apart along a row or column, over 2 variances."""
     squares = []
     for y, x in np.argwhere(mask):
-        for ny, nx in ((y + 1, x), (y, x + 1)):
+        for ny, nx in ((y + lag, x), (y, x + lag)):
             if ny < mask.shape[0] and nx < mask.shape[1] and mask[ny, nx]:
                 squares.append((float(plane[y, x]) - float(plane[ny, nx])) ** 2)
     variance = np.var(plane[mask].astype(float))
-    return float(np.mean(squares) / (2 * variance))
+    return float(np.mean(squares) / (2 * variance)) if squares and variance else np.nan
 
 
-def test_equals_regionprops_object_by_object() -> None:
+def hull_pixels(mask: np.ndarray) -> int:
+    points = np.argwhere(mask)
+    if np.linalg.matrix_rank(points - points[0]) < 2:
+        return int(np.gcd(*(points[-1] - points[0]))) + 1
+    return int(convex_hull_image(mask, offset_coordinates=False).sum())
+
+
+def oracle_shape(mask: np.ndarray) -> dict[str, float]:
+    (region,) = regionprops(mask.astype(np.uint8))
+    perimeter = region.perimeter
+    return {
+        "area": region.area,
+        "perimeter": perimeter,
+        "form_factor": 4 * np.pi * region.area / perimeter**2 if perimeter else np.nan,
+        "eccentricity": region.eccentricity,
+        "major_axis": region.axis_major_length,
+        "minor_axis": region.axis_minor_length,
+        "extent": region.extent,
+        "solidity": region.area / hull_pixels(mask),
+    }
+
+
+def oracle_light(mask: np.ndarray, plane: np.ndarray, dark: float) -> dict[str, float]:
+    """Pixel by pixel."""
+    y, x = np.nonzero(mask)
+    light = plane[mask].astype(float) - dark
+    edge = []
+    for here_y, here_x, value in zip(y, x, light, strict=True):
+        around = [(here_y + dy, here_x + dx) for dy, dx in ((0, 1), (1, 0), (0, -1), (-1, 0))]
+        inside = [0 <= a < mask.shape[0] and 0 <= b < mask.shape[1] and mask[a, b] for a, b in around]
+        if not all(inside):
+            edge.append(value)
+    squared = (y - y.mean()) ** 2 + (x - x.mean()) ** 2
+    return {
+        "mean": light.mean(),
+        "sd": light.std(),
+        "min": light.min(),
+        "max": light.max(),
+        "integrated": light.sum(),
+        "edge": np.mean(edge),
+        "texture": variogram(mask, plane, 1),
+        "coarse_texture": variogram(mask, plane, 4),
+        "radial": (light * squared).sum() / light.sum() / squared.mean(),
+        "mass_displacement": np.hypot(
+            (light * y).sum() / light.sum() - y.mean(), (light * x).sum() / light.sum() - x.mean()
+        ),
+    }
+
+
+def test_every_feature_equals_its_definition_object_by_object() -> None:
     nuclei, cells, stack = movie()
-    tracks = features.measure(nuclei, cells, stack, CHANNELS)
+    dark = np.array([-50.0, -300.0])
+    tracks = features.measure(nuclei, cells, stack, CHANNELS, dark)
     assert list(tracks.features) == features.feature_names(CHANNELS)
     seen = np.zeros_like(tracks.present)
+    compared = set()
     for frame in range(3):
-        planes = np.moveaxis(stack[frame], 0, -1)
-        for kind, labels in (("nucleus", nuclei), ("cell", cells)):
-            for region in regionprops(labels[frame], intensity_image=planes):
-                at = (region.label - 1, frame)
-                got = {name: values[at] for name, values in tracks.features.items()}
-                assert got[f"{kind}_area"] == region.area
-                np.testing.assert_allclose(got[f"{kind}_eccentricity"], region.eccentricity, atol=1e-5)
+        for region in regionprops(cells[frame]):
+            at = (region.label - 1, frame)
+            got = {name: values[at] for name, values in tracks.features.items()}
+            inner, outer = (labels[frame] == region.label for labels in (nuclei, cells))
+            want = {
+                "cell_nucleus_share": inner.sum() / outer.sum(),
+                "cell_nucleus_offset": np.hypot(*(np.argwhere(inner).mean(0) - np.argwhere(outer).mean(0))),
+            }
+            for kind, mask in (("nucleus", inner), ("cell", outer)):
+                want |= {f"{kind}_{name}": value for name, value in oracle_shape(mask).items()}
                 for channel, name in enumerate(CHANNELS):
-                    plane = stack[frame, channel]
-                    values = plane[labels[frame] == region.label]
-                    np.testing.assert_allclose(
-                        [got[f"{kind}_{measure}_{name}"] for measure in ("mean", "sd", "texture")],
-                        [
-                            values.mean(),
-                            values.std(),
-                            geary(labels[frame] == region.label, plane),
-                        ],
-                        rtol=1e-5,
-                    )
-                if kind == "cell":
-                    seen[at] = True
-                    np.testing.assert_allclose(tracks.centroid[at], region.centroid, rtol=1e-6)
-                    assert tracks.box[at].tolist() == list(region.bbox)
+                    light = oracle_light(mask, stack[frame, channel], dark[channel])
+                    want |= {f"{kind}_{measure}_{name}": value for measure, value in light.items()}
+            for channel, name in enumerate(CHANNELS):
+                plane = stack[frame, channel] - dark[channel]
+                want[f"cell_nucleus_ratio_{name}"] = plane[inner].mean() / plane[outer & ~inner].mean()
+            for name, value in want.items():
+                np.testing.assert_allclose(got[name], value, rtol=2e-5, atol=2e-4, err_msg=name)
+            compared |= set(want)
+            seen[at] = True
+            np.testing.assert_allclose(tracks.centroid[at], region.centroid, rtol=1e-6)
+            assert tracks.box[at].tolist() == list(region.bbox)
+    assert compared == set(tracks.features) - {"nucleus_speed", "nucleus_displacement"}
     np.testing.assert_array_equal(tracks.present, seen)
     assert not tracks.present[2, 1]
     assert tracks.box[2, 1].tolist() == [-1] * 4
     assert np.isnan(tracks.centroid[2, 1]).all()
     assert all(np.isnan(values[2, 1]) for values in tracks.features.values())
+
+
+@settings(max_examples=60, deadline=None)
+@given(hnp.arrays(np.bool_, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=9)))
+def test_shapes_of_any_mask(mask: np.ndarray) -> None:
+    """In pieces, with holes, a single line or pixel, at the image's edge."""
+    if not mask.any():
+        return
+    labels = mask[None].astype(np.int32)
+    tracks = features.measure(labels, labels, np.zeros((1, 1, *mask.shape)), ["dna"])
+    for name, value in oracle_shape(mask).items():
+        np.testing.assert_allclose(tracks.features[f"cell_{name}"][0, 0], value, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_motion_skips_frames_in_which_the_cell_is_missing() -> None:
+    labels = np.zeros((5, 20, 40), np.int32)
+    for frame, x in ((1, 5), (2, 8), (4, 20)):
+        labels[frame, 4:7, x : x + 3] = 1
+    tracks = features.measure(labels, labels, np.zeros((5, 1, 20, 40)), ["dna"])
+    nan = np.nan
+    np.testing.assert_array_equal(tracks.features["nucleus_speed"][0], [nan, nan, 3, nan, 6])
+    np.testing.assert_array_equal(tracks.features["nucleus_displacement"][0], [nan, 0, 3, nan, 15])
+
+
+def test_light_near_the_centre_is_radially_low() -> None:
+    y, x = np.mgrid[:41, :41] - 20
+    radius = np.hypot(y, x)
+    labels = np.broadcast_to((radius < 18).astype(np.int32), (3, 41, 41))
+    planes = np.stack([radius < 6, radius < 99, radius > 12])[:, None] * 100.0 + 30
+    radial = features.measure(labels, labels, planes, ["dna"], np.array([20.0])).features["cell_radial_dna"][0]
+    assert radial[0] < 0.7 < radial[1] < 1.2 < radial[2]
+    assert radial[1] == pytest.approx(1)
 
 
 def test_types_and_shapes() -> None:
@@ -92,19 +176,20 @@ def test_no_tracks_give_empty_arrays() -> None:
     assert all(values.shape == (0, 2) for values in tracks.features.values())
 
 
-def test_non_finite_pixels_count_for_shape_only() -> None:
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_pixel_that_is_not_finite_costs_that_objects_intensities_only(value: float) -> None:
     nuclei, cells, stack = movie()
     holes = stack.astype(np.float32)
     y, x = np.argwhere(cells[0] == 1)[5]
-    holes[0, 0, y, x] = np.nan
-    holes[0, 1, cells[0] == 2] = np.inf
-    whole = features.measure(nuclei, cells, stack, CHANNELS)
-    tracks = features.measure(nuclei, cells, holes, CHANNELS)
-    left = stack[0, 0][(cells[0] == 1) & np.isfinite(holes[0, 0])]
-    np.testing.assert_allclose(tracks.features["cell_mean_dna"][0, 0], left.mean(), rtol=1e-6)
-    assert np.isnan(tracks.features["cell_mean_tmrm"][1, 0])
-    np.testing.assert_array_equal(tracks.features["cell_area"], whole.features["cell_area"])
-    np.testing.assert_array_equal(tracks.features["cell_mean_dna"][1:], whole.features["cell_mean_dna"][1:])
+    holes[0, 0, y, x] = value
+    whole = features.measure(nuclei, cells, stack, CHANNELS).features
+    got = features.measure(nuclei, cells, holes, CHANNELS).features
+    lost = {name for name in got if not np.array_equal(got[name], whole[name], equal_nan=True)}
+    assert lost >= {f"cell_{measure}_dna" for measure in ("mean", "sd", "min", "max", "integrated", "edge", "texture")}
+    assert all(name.endswith("_dna") for name in lost)
+    for name in lost:
+        assert np.isnan(got[name][0, 0]), name
+        np.testing.assert_array_equal(got[name].ravel()[1:], whole[name].ravel()[1:])
 
 
 @pytest.mark.parametrize("dtype", ["u1", ">u2", "<i4", "f2", "f8"])
