@@ -1,31 +1,38 @@
-"""A plate's illumination and intensity range: estimated from a sample of its sites, then applied.
+"""A plate's illumination, intensity range and usual quality: estimated from a sample of its sites, then applied.
 
 A camera image is taken to be ``offset + field(x) * light``: a dark level that is the same
 everywhere, and a smooth multiplicative field (vignetting, an off-centre lamp). What sites have in
 common is the field, because cells lie elsewhere in each; this is the retrospective estimate of
 CIDRE (Smith et al. 2015) and BaSiC (Peng et al. 2017) in its plainest form, a mean over sites,
 smoothed.
+
+The sample comes as dask arrays that read a frame when it is wanted, so a plate's estimate holds a few
+frames in memory however many it is made from. Inside a plane OpenCV does the work: dask gains nothing
+there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import cv2
+import dask
+import dask.array as da
+import numba
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 from pydantic import Field
 
+from screening.quality import PlateQuality, measure, typical
 from storage_schemas.base import Config
 from storage_schemas.errors import InputError
 
 FloatArray = npt.NDArray[np.float32]
 
-# Bounds of what a plate's sample holds in memory, however many sites are streamed through it.
-_MAX_SITES = 256
-_MAX_PIXELS_PER_CHANNEL = 8192
+_PIXELS_PER_CHANNEL = 8192  # of a site's sampled frames, kept to estimate its plate's intensity range
 
 
 class NoIllumination(Config):
@@ -41,7 +48,6 @@ class FlatField(Config):
     min_sites: int = Field(
         32,
         ge=1,
-        le=_MAX_SITES // 2,
         description="sites needed; with fewer no field is estimated, for it would learn the cells",
     )
     grid: int = Field(64, ge=8, le=256, description="side of the grid that holds the field, points")
@@ -54,7 +60,7 @@ IlluminationConfig = Annotated[NoIllumination | FlatField, Field(discriminator="
 
 @dataclass(frozen=True)
 class Calibration:
-    """Illumination and intensity range of one plate.
+    """Illumination, intensity range and usual quality of one plate.
 
     Attributes:
         flat_field: (C, h, w) float32 of mean 1 on a coarse grid that spans the image; None for no
@@ -62,39 +68,40 @@ class Calibration:
         offset: (C,) float32, camera units, the dark level under the field; 0 without a field.
         low: (C,) float32, corrected units, the background: what clips show as black.
         high: (C,) float32, corrected units, what clips show as white; never below ``low``.
+        quality: what is usual on the plate, which bad frames are told by.
     """
 
     flat_field: FloatArray | None
     offset: FloatArray
     low: FloatArray
     high: FloatArray
+    quality: PlateQuality
 
 
 @dataclass(frozen=True)
-class _Site:
-    """What is kept of a site: a lattice of its pixels and its mean and darkest view on the grid."""
+class _Frame:
+    """What is kept of a frame: a lattice of its pixels, its view on the grid and its measures."""
 
     shape: tuple[int, int]
     step: int
-    pixels: FloatArray  # (T, C, h', w')
-    mean: FloatArray | None  # (C, grid, grid)
-    darkest: FloatArray | None
+    pixels: FloatArray  # (C, h', w')
+    coarse: FloatArray  # (C, grid, grid)
+    measures: pd.DataFrame
 
 
 def calibrate(
-    stacks: Iterable[npt.NDArray[Any]],
+    stacks: Sequence[da.Array],
     config: NoIllumination | FlatField,
     percentiles: tuple[float, float] = (1.0, 99.8),
 ) -> Calibration:
-    """Estimate a plate's flat field and intensity range from a sample of its sites.
+    """Estimate a plate's flat field, intensity range and usual quality from a sample of its sites.
 
-    The stacks are consumed once, one at a time; what is kept of them is bounded (with more than
-    256 sites an evenly spread subset). Sites may differ in shape: the field spans the field of
-    view, not pixels.
+    Frames are computed under dask's scheduler of the moment, each once, and reduced at once. Sites may
+    differ in shape: the field spans the field of view, not pixels.
 
     Args:
-        stacks: (T, C, H, W) images of sites of one plate, any real dtype; non-finite pixels are
-            left out.
+        stacks: (T, C, H, W) images of sites of one plate, any real dtype, best in chunks of a frame;
+            frames without a finite pixel (lost ones) and other non-finite pixels are left out.
         config: how the field is estimated.
         percentiles: of the corrected pixels of each channel that become ``low`` and ``high``, in
             percent.
@@ -103,30 +110,32 @@ def calibrate(
         InputError: without sites, with sites that differ in channels, or with a channel that has
             no finite pixel.
     """
-    sites = _sample(stacks, config.grid if isinstance(config, FlatField) else None)
-    if not sites:
+    if not stacks:
         raise InputError("there are no sites to calibrate a plate from: give at least one")
-    n_channels = sites[0].pixels.shape[1]
+    n_channels = stacks[0].shape[1]
+    for position, stack in enumerate(stacks):
+        if stack.shape[1] != n_channels:
+            raise InputError(
+                f"site {position} of the plate's sample has {stack.shape[1]} channels, the first one {n_channels}"
+            )
+    grid = config.grid if isinstance(config, FlatField) else 1
+    sites = [site for site in dask.compute(*(_summaries(stack, grid) for stack in stacks)) if site]
+    sites = [frames for frames in ([frame for frame in site if frame is not None] for site in sites) if frames]
     field, offset = None, np.zeros(n_channels, np.float32)
     if isinstance(config, FlatField):
-        whole = [site for site in sites if site.mean is not None]
+        views = [_views(site) for site in sites]
+        whole = [view for view in views if len(view)]
         if len(whole) >= config.min_sites:
             field, offset = _estimate_field(whole, config)
-    corrected: list[list[FloatArray]] = [[] for _ in range(n_channels)]
-    for site in sites:
-        start = site.step // 2
-        for channel, values in enumerate(corrected):
-            light = site.pixels[:, channel] - offset[channel]
-            if field is not None:
-                light /= _stretch(field[channel], site.shape)[start :: site.step, start :: site.step]
-            values.append(light[np.isfinite(light)])
+    frames = [frame for site in sites for frame in site]
     ranges = np.empty((n_channels, 2), np.float32)
-    for channel, values in enumerate(corrected):
-        pool = np.concatenate(values)
+    for channel in range(n_channels):
+        pool = np.concatenate([np.zeros(0, np.float32), *(_corrected(f, channel, field, offset) for f in frames)])
         if not pool.size:
-            raise InputError(f"channel {channel} has no finite pixel in the {len(sites)} sampled sites")
+            raise InputError(f"channel {channel} has no finite pixel in the {len(stacks)} sampled sites")
         ranges[channel] = np.percentile(pool, percentiles)
-    return Calibration(field, offset, ranges[:, 0].copy(), ranges[:, 1].copy())
+    usual = typical(pd.concat([frame.measures for frame in frames]))
+    return Calibration(field, offset, ranges[:, 0].copy(), ranges[:, 1].copy(), usual)
 
 
 def correct(stack: npt.NDArray[Any], calibration: Calibration) -> FloatArray:
@@ -150,59 +159,67 @@ def correct(stack: npt.NDArray[Any], calibration: Calibration) -> FloatArray:
         raise InputError(
             f"a stack of shape {stack.shape} does not fit a plate of {n_channels} channels: expected (T, C, H, W)"
         )
-    corrected = stack.astype(np.float32)
     if calibration.flat_field is None:
-        return corrected
+        return stack.astype(np.float32)
+    corrected = np.empty(stack.shape, np.float32)
     for channel, (field, offset) in enumerate(zip(calibration.flat_field, calibration.offset, strict=True)):
-        gain = 1 / _stretch(field, stack.shape[2:])
-        for plane in corrected[:, channel]:
-            plane -= offset
-            plane *= gain
+        gain = np.float32(1) / _stretch(field, stack.shape[2:])
+        for frame in range(len(stack)):
+            _flatten(stack[frame, channel], offset, gain, corrected[frame, channel])
     return corrected
 
 
-def _sample(stacks: Iterable[npt.NDArray[Any]], grid: int | None) -> list[_Site]:
-    """Keep up to ``_MAX_SITES`` sites, evenly spread over a stream of unknown length."""
-    sites: list[_Site] = []
-    stride = 1
-    for position, stack in enumerate(stacks):
-        if sites and stack.shape[1] != sites[0].pixels.shape[1]:
-            raise InputError(
-                f"site {position} of the plate's sample has {stack.shape[1]} channels, "
-                f"the ones before it {sites[0].pixels.shape[1]}"
-            )
-        if position % stride:
-            continue
-        sites.append(_summarise(stack, grid))
-        if len(sites) > _MAX_SITES:
-            sites = sites[::2]
-            stride *= 2
-    return sites
+@numba.njit(cache=True, nogil=True)
+def _flatten(plane: npt.NDArray[Any], offset: np.float32, gain: FloatArray, out: FloatArray) -> None:
+    """One pass over the plane: numpy takes three, each through memory."""
+    for y in range(plane.shape[0]):
+        for x in range(plane.shape[1]):
+            out[y, x] = (np.float32(plane[y, x]) - offset) * gain[y, x]
 
 
-def _summarise(stack: npt.NDArray[Any], grid: int | None) -> _Site:
-    n_frames, n_channels, *shape = stack.shape
-    step = int(np.ceil(np.sqrt(n_frames * shape[0] * shape[1] / _MAX_PIXELS_PER_CHANNEL)))
+def _summaries(stack: da.Array, grid: int) -> list[Any]:
+    """A task for each frame of a site that makes a :class:`_Frame` of it, or None of a lost one."""
+    n_frames, _, *shape = stack.shape
+    step = int(np.ceil(np.sqrt(n_frames * shape[0] * shape[1] / _PIXELS_PER_CHANNEL)))
     step = max(1, min(step, *shape))
-    pixels = stack[:, :, step // 2 :: step, step // 2 :: step].astype(np.float32)
-    mean = darkest = None
-    if grid is not None:
-        coarse = np.empty((n_frames, n_channels, grid, grid), np.float32)
-        for frame, channel in np.ndindex(n_frames, n_channels):
-            plane = stack[frame, channel].astype(np.float32)
-            cv2.resize(plane, (grid, grid), coarse[frame, channel], interpolation=cv2.INTER_AREA)
-        # A frame with a hole in it is broken: the others say the same about the field.
-        coarse = coarse[np.isfinite(coarse).all(axis=(1, 2, 3))]
-        if len(coarse):
-            mean, darkest = coarse.mean(axis=0), coarse.min(axis=0)
-    return _Site((shape[0], shape[1]), step, pixels, mean, darkest)
+    summarise = dask.delayed(_summarise)
+    return [summarise(block, step, grid) for block in stack.rechunk((1, -1, -1, -1)).to_delayed().ravel()]
 
 
-def _estimate_field(sites: list[_Site], config: FlatField) -> tuple[FloatArray, FloatArray]:
-    """Field (C, grid, grid) of mean 1 and offset (C,) from the coarse views of sites."""
+def _summarise(block: npt.NDArray[Any], step: int, grid: int) -> _Frame | None:
+    """Reduce a frame (1, C, H, W)."""
+    (frame,) = block
+    if not np.isfinite(frame).any():
+        return None
+    pixels = frame[:, step // 2 :: step, step // 2 :: step].astype(np.float32)
+    coarse = [cv2.resize(p.astype(np.float32), (grid, grid), interpolation=cv2.INTER_AREA) for p in frame]
+    return _Frame(frame.shape[1:], step, pixels, np.stack(coarse), measure(block))
+
+
+def _views(site: list[_Frame]) -> FloatArray:
+    """Coarse views (T, C, grid, grid) of a site's whole frames.
+
+    A frame with a hole in it is broken: the others say the same about the field.
+    """
+    coarse = np.stack([frame.coarse for frame in site])
+    return coarse[np.isfinite(coarse).all(axis=(1, 2, 3))]
+
+
+def _corrected(frame: _Frame, channel: int, field: FloatArray | None, offset: FloatArray) -> FloatArray:
+    """A channel's finite pixels on the lattice, corrected."""
+    light = frame.pixels[channel] - offset[channel]
+    if field is not None:
+        start = frame.step // 2
+        light /= _stretch(field[channel], frame.shape)[start :: frame.step, start :: frame.step]
+    finite: FloatArray = light[np.isfinite(light)]
+    return finite
+
+
+def _estimate_field(sites: list[FloatArray], config: FlatField) -> tuple[FloatArray, FloatArray]:
+    """Field (C, grid, grid) of mean 1 and offset (C,) from the coarse views (T, C, grid, grid) of sites."""
     sigma = config.smoothing * config.grid
-    means = np.stack([site.mean for site in sites if site.mean is not None], axis=1)
-    darkest = np.stack([site.darkest for site in sites if site.darkest is not None], axis=1)
+    means = np.stack([views.mean(axis=0) for views in sites], axis=1)
+    darkest = np.stack([views.min(axis=0) for views in sites], axis=1)
     fields, offsets = [], []
     for mean, dark in zip(means, darkest, strict=True):
         offset = _camera_offset(_smooth(mean.mean(axis=0), sigma), _smooth(np.percentile(dark, 10, axis=0), sigma))

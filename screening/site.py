@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +49,43 @@ class SegmentConfig(Config):
     labels: bool = Field(True, description="write labels beside the plates' images (NGFF image-labels) for viewers")
 
 
+# Why a site is left out, in words that failures are counted by.
+Fault = Literal["channels", "frames", "shape", "blank"]
+
+NO_CELLS = "no cells"  # beside the flags of frames, the one reason for which a whole site gives nothing
+
+
+class SiteError(InputError):
+    """A site that cannot be used.
+
+    Args:
+        fault: why, for counting.
+        problem: what was found and what was expected.
+    """
+
+    def __init__(self, fault: Fault, problem: str) -> None:
+        super().__init__(problem)
+        self.fault = fault
+        self.problem = problem
+
+    def __reduce__(self) -> tuple[type[SiteError], tuple[Fault, str]]:
+        # The default pickles args=(message,), which does not fit __init__; errors cross Ray processes.
+        return type(self), (self.fault, self.problem)
+
+
+@dataclass(frozen=True)
+class SiteForm:
+    """What the sites of a plate have in common.
+
+    Attributes:
+        channels: names.
+        shape: (T, C, H, W).
+    """
+
+    channels: tuple[str, ...]
+    shape: tuple[int, int, int, int]
+
+
 @dataclass(frozen=True)
 class Site:
     """What is known of a site once its cells have been found and followed.
@@ -57,7 +95,8 @@ class Site:
         cells: (T, H, W) int32, the same tracks' whole cells.
         tracks: measures of the tracks.
         parents: track, parent and frame of each division.
-        quality: measures of the frames (see :func:`screening.quality.measure`) and ``bad``.
+        quality: measures of the frames (see :func:`screening.quality.flag`), with ``n_nuclei`` (int64, objects
+            found in the frame) and ``site_flag`` (str, why the whole site gives no clips; "" if it does not say so).
         frames: (F,) frames of the movie that the clips are made of.
         selection: a row a track (see :func:`screening.clips.select`) and ``clip``, the position of its clip.
         clips: (N, C', F, size, size) uint8, of the tracks that are not excluded, in order.
@@ -88,25 +127,27 @@ def process_site(
         config: how each step is done.
 
     Raises:
-        InputError: if the movie is blank, holds NaN, lacks a channel, or is too short for a clip.
+        SiteError: if every frame is blank.
+        InputError: if the movie lacks a channel or is too short for a clip.
     """
-    if stack.min() == stack.max():
-        raise InputError(f"every pixel is {stack.flat[0]}: chunks are missing or the camera was off")
     nucleus = _position(channels, config.channels.nucleus)
     picks = [_position(channels, name) for name in config.channels.clips or channels]
     frames = clips.choose_frames(len(stack), config.clips)
-    measures = quality.measure(stack)
-    bad = quality.flag_frames(measures, config.quality)
+    judged = quality.flag(quality.measure(stack), calibration.quality, config.quality)
+    if (judged["sd"] == 0).all():
+        raise SiteError("blank", f"each frame is one value ({stack.flat[0]}): chunks are missing or the camera was off")
+    bad = judged.groupby("frame")["bad"].first().to_numpy()
     corrected = correct(stack, calibration)
 
-    nuclei = np.stack([segmentation.segment_nuclei(plane, config.nuclei) for plane in corrected[:, nucleus]])
+    nuclei = np.stack([segmentation.segment_nuclei(_filled(plane), config.nuclei) for plane in corrected[:, nucleus]])
+    n_nuclei = nuclei.max(axis=(1, 2))  # they are numbered from 1 without gaps
     nuclei, parents = tracking.link(nuclei, config.tracking)
     # Cells take the numbers of their nuclei, so what was linked as nuclei is linked as cells.
     cytoplasm = config.channels.cytoplasm
     seen = None if cytoplasm is None else corrected[:, _position(channels, cytoplasm)]
     cells = np.stack(
         [
-            segmentation.segment_cells(None if seen is None else seen[t], nuclei[t], config.cells)
+            segmentation.segment_cells(None if seen is None else _filled(seen[t]), nuclei[t], config.cells)
             for t in range(len(stack))
         ]
     )
@@ -121,7 +162,10 @@ def process_site(
         cells,
         tracks,
         parents,
-        measures.assign(bad=bad[measures["frame"].to_numpy()]),
+        judged.assign(
+            n_nuclei=n_nuclei[judged["frame"].to_numpy()],
+            site_flag=_site_flag(judged, n_nuclei, clips.too_many_bad(bad, frames, config.clips)),
+        ),
         frames,
         selection,
         clips.cut(
@@ -136,6 +180,55 @@ def process_site(
             config.clips,
         ),
     )
+
+
+def check_form(site: SiteForm, plate: SiteForm, config: ClipsConfig) -> None:
+    """Check that a site is like its plate's, so that its cells can be compared with theirs.
+
+    Raises:
+        SiteError: if it lacks a channel of its plate, has fewer or more pixels, or so many frames that its clips would
+            be of other time points.
+    """
+    missing = [name for name in plate.channels if name not in site.channels]
+    if missing:
+        raise SiteError(
+            "channels",
+            f"has no channel {missing}; its channels are {list(site.channels)}, its plate's {list(plate.channels)}",
+        )
+    if site.shape[2:] != plate.shape[2:]:
+        raise SiteError("shape", f"is {_times(site.shape[2:])} px, the sites of its plate {_times(plate.shape[2:])} px")
+    n_frames, usual = site.shape[0], plate.shape[0]
+    try:
+        same = np.array_equal(clips.choose_frames(n_frames, config), clips.choose_frames(usual, config))
+    except InputError as error:
+        raise SiteError("frames", str(error)) from error
+    if not same:
+        raise SiteError(
+            "frames", f"has {n_frames} frames, the sites of its plate {usual}: its clips would be of other time points"
+        )
+
+
+def _times(shape: Sequence[int]) -> str:
+    return " × ".join(map(str, shape))
+
+
+def _filled(plane: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """A plane whose pixels that are no numbers show the background, for segmentation; others as they are."""
+    finite = np.isfinite(plane)
+    if finite.all():
+        return plane
+    return np.where(finite, plane, np.median(plane[finite]) if finite.any() else np.float32(0))
+
+
+def _site_flag(judged: pd.DataFrame, n_nuclei: npt.NDArray[np.integer[Any]], unusable: bool) -> str:
+    """Why the whole site gives no clips: what is wrong with most of its bad frames, or that there are no cells."""
+    if unusable:
+        per_frame = judged.loc[judged["bad"], ["frame", "flags"]]
+        counts = {
+            name: per_frame.loc[per_frame["flags"].str.contains(name), "frame"].nunique() for name in quality.FLAGS
+        }
+        return max(counts, key=lambda name: counts[name])
+    return "" if n_nuclei.any() else NO_CELLS
 
 
 def _position(channels: tuple[str, ...], name: str) -> int:
