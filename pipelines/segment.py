@@ -20,7 +20,7 @@ from screening.clips import PlateScaling
 from screening.illumination import Calibration, calibrate
 from screening.site import SegmentConfig, Site, process_site
 from storage_schemas.calibration import read_calibration, write_calibration
-from storage_schemas.clips import write_clips
+from storage_schemas.clips import Clips, Ranges, write_clips
 from storage_schemas.errors import InputError
 from storage_schemas.keys import WellKey
 from storage_schemas.plate import Plate, SiteImage, open_site, write_labels
@@ -31,7 +31,7 @@ from storage_schemas.tables import CELLS, FEATURE_PREFIX, QUALITY, open_table, w
 if TYPE_CHECKING:  # the configuration pulls in torch, which segmentation workers do without
     from pipelines.config import RunConfig
 
-OUTPUT_VERSION = 1  # raised when the same configuration gives other files
+OUTPUT_VERSION = 2  # raised when the same configuration gives other files
 
 _COUNTED = ("wells", "done", "failed", "sites", "frames", "bad_frames", "objects", "tracks", "clips")
 
@@ -91,7 +91,8 @@ def segment_well(context: _Context, well: WellKey) -> Counts:
     calibration = Calibration(*read_calibration(calibration_url))
     cells: list[pa.Table] = []
     measures: list[pd.DataFrame] = []
-    clips: list[np.ndarray[Any, Any]] = []
+    clips: list[Clips] = []
+    ranges: list[Ranges] = []
     n_clips = 0
     frames = np.zeros(0, np.int64)
     clip_channels: tuple[str, ...] = ()
@@ -108,9 +109,12 @@ def segment_well(context: _Context, well: WellKey) -> Counts:
         cells.append(_cells_table(well, name, site, n_clips))
         measures.append(_quality_table(well, name, site, image))
         clips.append(site.clips)
+        ranges.append(site.ranges)
         n_clips += len(site.clips)
         frames = site.frames
-    write_clips(screen.clips(well), np.concatenate(clips), clip_channels, frames.tolist())
+    write_clips(
+        screen.clips(well), np.concatenate(clips), clip_channels, frames.tolist(), Ranges.concatenate(ranges)
+    )
     write_table(screen.quality(well), pd.concat(measures), QUALITY, context.fingerprint)
     table = pa.concat_tables(cells, promote_options="default")
     write_table(screen.cells(well), table, CELLS, context.fingerprint)

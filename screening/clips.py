@@ -2,13 +2,15 @@
 
 Which frames, which cells and why not the others, and the cut itself. Follows MitoReID's
 preparation, except that one soft frame costs a repair and not the field, and that intensities are
-scaled per plate and not per image, so that they can be compared between wells.
+scaled per plate and not per image, so that they can be compared between wells. The rules in one
+place, for readers: ``docs/cells.md``.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 import cv2
 import numba
@@ -20,13 +22,14 @@ from pydantic import Field, model_validator
 from screening.features import Tracks
 from screening.illumination import Calibration
 from storage_schemas.base import Config
+from storage_schemas.clips import WHITE, Clips, ClipType, Ranges
 from storage_schemas.errors import InputError
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 Frames = npt.NDArray[np.integer[Any]]
 BoolArray = npt.NDArray[np.bool_]
-Plane8 = npt.NDArray[np.uint8]
+Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 
 # Why a track has no clip; the empty reason is that of tracks which have one.
 KEPT = ""
@@ -84,7 +87,16 @@ class FixedScaling(Config):
     high: tuple[float, ...] = Field((65535.0,), description="white, image units; one for all channels or one each")
 
 
-ScalingConfig = Annotated[PlateScaling | SiteScaling | FixedScaling, Field(discriminator="method")]
+class CellScaling(_Percentiles):
+    """One range per cell and channel, of its own pixels over the clip: only form and course are left, not brightness.
+
+    Percentiles 0 and 100 give min-max.
+    """
+
+    method: Literal["cell"] = Field("cell", description="one range per cell and channel")
+
+
+Scaling: TypeAlias = PlateScaling | SiteScaling | FixedScaling | CellScaling
 
 
 class ClipsConfig(Config):
@@ -103,7 +115,15 @@ class ClipsConfig(Config):
     mask: Literal["none", "soft"] = Field(
         "soft", description="soft blacks out what is outside the cell, with an 11 px ramp"
     )
-    scaling: ScalingConfig = Field(PlateScaling(), description="which intensities become black and white")
+    padding: Literal["black", "edge"] = Field(
+        "black", description="what a window shows beyond the image: black, or the image's edge pixels continued"
+    )
+    scaling: Annotated[Scaling, Field(discriminator="method")] = Field(
+        PlateScaling(), description="which intensities become black and white"
+    )
+    dtype: ClipType = Field(
+        "uint8", description="type of the stored pixels; black is 0, white 255 (uint8), 65535 (uint16) or 1 (float16)"
+    )
     repair: bool = Field(True, description="take bad frames from the nearest good frame")
     max_bad: float = Field(
         0.25,
@@ -142,49 +162,6 @@ def choose_frames(n_frames: int, config: ClipsConfig) -> IntArray:
     return np.rint(np.linspace(0, n_frames - 1, config.frames)).astype(np.int64)
 
 
-def intensity_range(
-    stack: npt.NDArray[Any],
-    calibration: Calibration,
-    config: PlateScaling | SiteScaling | FixedScaling,
-) -> tuple[FloatArray, FloatArray]:
-    """What becomes black and white in each channel of a site's clips: (C,) and (C,) float32.
-
-    Args:
-        stack: (T, C, H, W), the corrected site.
-        calibration: of its plate, estimated with the percentiles of the :class:`PlateScaling`.
-        config: the scaling.
-
-    Raises:
-        InputError: if a fixed scaling has values for another number of channels, or black not
-            below white.
-    """
-    n_channels = stack.shape[1]
-    match config:
-        case PlateScaling():
-            return calibration.low, calibration.high
-        case SiteScaling():
-            ranges = [
-                np.percentile(plane[np.isfinite(plane)], (config.low, config.high))
-                if np.isfinite(plane).any()
-                else np.zeros(2)
-                for plane in stack.swapaxes(0, 1)
-            ]
-            low, high = np.array(ranges, np.float32).T
-            return low, high
-        case FixedScaling():
-            for name, values in (("low", config.low), ("high", config.high)):
-                if len(values) not in (1, n_channels):
-                    raise InputError(
-                        f"clips.scaling.{name} has {len(values)} values for {n_channels} channels: "
-                        f"give 1 or {n_channels}"
-                    )
-            low = np.broadcast_to(np.array(config.low, np.float32), n_channels)
-            high = np.broadcast_to(np.array(config.high, np.float32), n_channels)
-            if (low >= high).any():
-                raise InputError("clips.scaling.low must be below clips.scaling.high in each channel")
-            return low, high
-
-
 @dataclass(frozen=True)
 class _Sources:
     """Where each frame of a clip comes from.
@@ -214,6 +191,91 @@ def _nearest(valid: BoolArray, frames: Frames) -> IntArray:
     distance = np.abs(frames[:, None] - np.arange(n_frames))
     nearest = np.argmin(np.where(valid[:, None, :], distance, n_frames), axis=2)
     return np.asarray(nearest, np.int64)
+
+
+def intensity_ranges(
+    stack: npt.NDArray[Any],
+    cells: npt.NDArray[np.int32],
+    tracks: Tracks,
+    ids: npt.NDArray[np.integer[Any]],
+    frames: Frames,
+    bad: BoolArray,
+    calibration: Calibration,
+    config: ClipsConfig,
+) -> Ranges:
+    """What becomes black and white in each channel of the clips of some tracks.
+
+    Args:
+        stack: (T, C, H, W), the corrected site.
+        cells: (T, H, W) int32, pixels of track i have value i.
+        tracks: of the site.
+        ids: (N,) tracks, as for :func:`cut`.
+        frames: (F,) of :func:`choose_frames`.
+        bad: (T,) bool, frames not fit to be shown.
+        calibration: of its plate, estimated with the percentiles of the :class:`PlateScaling`.
+        config: the rules.
+
+    Raises:
+        InputError: if a fixed scaling has values for another number of channels, or black not
+            below white.
+    """
+    match config.scaling:
+        case PlateScaling():
+            low, high = calibration.low, calibration.high
+        case SiteScaling() as scaling:
+            low, high = np.array([_percentiles(plane, scaling) for plane in stack.swapaxes(0, 1)], np.float32).T
+        case FixedScaling() as scaling:
+            low, high = _fixed_range(scaling, stack.shape[1])
+        case CellScaling() as scaling:
+            return _cell_ranges(stack, cells, ids, _sources(tracks, frames, bad, config), tracks, scaling)
+    shape = len(ids), stack.shape[1]
+    return Ranges(np.broadcast_to(low, shape), np.broadcast_to(high, shape))
+
+
+def _percentiles(planes: npt.NDArray[Any], scaling: _Percentiles) -> FloatArray:
+    """Of the finite pixels (T, H, W), about a million of them at most; (2,), nothing if there are none."""
+    step = max(1, math.isqrt(planes.size // 2**20))
+    pixels = planes[:, ::step, ::step]
+    finite = pixels[np.isfinite(pixels)]
+    ends = np.percentile(finite, (scaling.low, scaling.high)) if finite.size else np.zeros(2)
+    return np.asarray(ends, np.float32)
+
+
+def _fixed_range(scaling: FixedScaling, n_channels: int) -> tuple[FloatArray, FloatArray]:
+    for name, values in (("low", scaling.low), ("high", scaling.high)):
+        if len(values) not in (1, n_channels):
+            raise InputError(
+                f"clips.scaling.{name} has {len(values)} values for {n_channels} channels: give 1 or {n_channels}"
+            )
+    low = np.broadcast_to(np.array(scaling.low, np.float32), n_channels)
+    high = np.broadcast_to(np.array(scaling.high, np.float32), n_channels)
+    if (low >= high).any():
+        raise InputError("clips.scaling.low must be below clips.scaling.high in each channel")
+    return low, high
+
+
+def _cell_ranges(
+    stack: npt.NDArray[Any],
+    cells: npt.NDArray[np.int32],
+    ids: npt.NDArray[np.integer[Any]],
+    sources: _Sources,
+    tracks: Tracks,
+    scaling: CellScaling,
+) -> Ranges:
+    ranges = np.zeros((len(ids), stack.shape[1], 2), np.float32)
+    for i, track in enumerate(ids):
+        windows = sources.windows[track - 1]
+        own = []
+        for pixels, window in zip(sources.pixels, windows, strict=True):
+            y0, x0, y1, x1 = tracks.box[track - 1, window]
+            own.append(stack[pixels, :, y0:y1, x0:x1][:, cells[window, y0:y1, x0:x1] == track])
+        ranges[i] = [_percentiles(values[:, None, None], scaling) for values in np.concatenate(own, axis=1)]
+    return Ranges(ranges[..., 0], ranges[..., 1])
+
+
+def too_many_bad(bad: BoolArray, frames: Frames, config: ClipsConfig) -> bool:
+    """Whether a movie with bad frames (T,) bool gives no clips of its frames (F,) at all."""
+    return bool(bad[frames].mean() > config.max_bad or bad.all())
 
 
 def select(
@@ -255,7 +317,7 @@ def select(
 
     n_missing = sources.missing.sum(axis=1)
     reasons = {
-        BAD_FRAMES: np.full(n_tracks, bad[frames].mean() > config.max_bad or bad.all()),
+        BAD_FRAMES: np.full(n_tracks, too_many_bad(bad, frames, config)),
         SHORT: (n_missing > config.max_missing * len(frames)) | ~seen,
         BORDER: touching & config.exclude_border,
         SMALL: area < smallest,
@@ -280,15 +342,16 @@ def cut(
     low: FloatArray,
     high: FloatArray,
     config: ClipsConfig,
-) -> Plane8:
+) -> Clips:
     """Cut the clips of some tracks.
 
-    A window is centred on the cell's box in each frame (centre rounded down); what it shows beyond
-    the image is black. Where the cell is missing, the window and mask are those of the nearest
-    frame that has it; with ``repair``, bad frames show the nearest good frame. Black is ``low``
-    and white ``high``, clipped and rounded to 8 bit *before* masking and resizing, so without
-    these a clip's pixel is the image's pixel; NaN is black. Larger windows are averaged down to
-    ``size`` (area), smaller ones interpolated (linear).
+    A window is centred on the cell's box in each frame (centre rounded down); beyond the image it
+    shows what ``padding`` says. Where the cell is missing, the window and mask are those of the
+    nearest frame that has it; with ``repair``, bad frames show the nearest good frame. Black is
+    ``low`` and white ``high``, cut off beyond; NaN is black. Clips of 8 bit are rounded *before*
+    masking and resizing, which is fast, others after; without these two a clip's pixel is the
+    image's pixel. Larger windows are averaged down to ``size`` (area), smaller ones interpolated
+    (linear).
 
     Args:
         stack: (T, C, H, W), the corrected site, any real dtype.
@@ -298,12 +361,13 @@ def cut(
             are).
         frames: (F,) of :func:`choose_frames`.
         bad: (T,) bool, frames not fit to be shown.
-        low: (C,) black, image units.
-        high: (C,) white, image units.
+        low: (C,) or (N, C) black, image units (:func:`intensity_ranges`).
+        high: (C,) or (N, C) white, image units.
         config: how to cut.
 
     Returns:
-        (N, C, F, size, size) uint8.
+        (N, C, F, size, size) of the type ``config.dtype``, from 0 (black) to white as
+        :data:`storage_schemas.clips.WHITE` says.
     """
     positions = np.asarray(ids, np.int64) - 1
     sources = _sources(tracks, frames, bad, config)
@@ -319,59 +383,113 @@ def cut(
     corners = centre - sides[:, None, None] // 2
 
     n_channels, height, width = stack.shape[1:]
-    clips = np.empty((len(positions), n_channels, len(frames), config.size, config.size), np.uint8)
+    low, high = (np.broadcast_to(end, (len(positions), n_channels)) for end in (low, high))
+    # A range that all clips share is applied to the whole image, for windows overlap.
+    shared = bool((low == low[:1]).all() and (high == high[:1]).all())
+    white = np.float32(WHITE[config.dtype])
+    work = np.uint8 if config.dtype == "uint8" else np.float32
+    clips = np.zeros((len(positions), n_channels, len(frames), config.size, config.size), config.dtype)
     pad = int(sides.max(initial=0)) + 1
-    field = np.zeros((n_channels, height + 2 * pad, width + 2 * pad), np.uint8)
+    padded = (n_channels, height + 2 * pad, width + 2 * pad)
+    # What is not a number becomes black once it is scaled.
+    field = np.zeros(padded, work) if shared else np.full(padded, np.nan, np.float32)
     inside = field[:, pad : pad + height, pad : pad + width]
     for f, source in enumerate(sources.pixels):
-        for channel in range(n_channels):
-            plane = np.ascontiguousarray(stack[source, channel], np.float32)
-            _to_uint8(plane, np.float32(low[channel]), np.float32(high[channel]), inside[channel])
+        for channel in range(n_channels if len(positions) else 0):
+            if shared:
+                plane = np.ascontiguousarray(stack[source, channel], np.float32)
+                _scale(plane, low[0, channel], high[0, channel], white, inside[channel])
+            else:
+                inside[channel] = stack[source, channel]
+        if config.padding == "edge":
+            _continue_edges(field, pad)
         for i, (side, position) in enumerate(zip(sides, positions, strict=True)):
             top, left = corners[i, f]
             window = field[:, top + pad : top + pad + side, left + pad : left + pad + side]
+            if not shared:
+                raw, window = window, np.empty(window.shape, work)
+                for channel, plane in enumerate(raw):
+                    _scale(plane, low[i, channel], high[i, channel], white, window[channel])
+            out = clips[i, :, f]
             if config.mask == "soft":
-                mask = _soft_mask(cells[windows[i, f]], int(position) + 1, top, left, side)
-                window = np.stack([cv2.multiply(plane, mask, scale=1 / 255) for plane in window])
-            _resize(window, clips[i, :, f])
+                # Nothing is left to be done where the window is the clip's frame as it is.
+                masked = out if out.shape == window.shape and out.dtype == work else np.zeros(window.shape, work)
+                _mask(window, cells[windows[i, f]], position + 1, top, left, box[i, f], masked)
+                window = masked
+            if window is not out:
+                _store(window, out)
     return clips
 
 
 @numba.njit(cache=True, nogil=True)
-def _to_uint8(plane: FloatArray, low: np.float32, high: np.float32, out: Plane8) -> None:
-    """Scale (H, W) from [low, high] to [0, 255]; a range without width leaves black and white."""
-    gain = np.float32(255) / max(high - low, np.float32(1e-12))
+def _scale(plane: FloatArray, low: np.float32, high: np.float32, white: np.float32, out: Pixels) -> None:
+    """Scale (H, W) from [low, high] to [0, white], rounded if ``out`` is 8 bit; a range without width leaves both ends.
+
+    ``out`` is uint8 or float32.
+    """
+    gain = white / max(high - low, np.float32(1e-12))
+    half = np.float32(0.5 * (out.itemsize == 1))
     for y in range(plane.shape[0]):
         for x in range(plane.shape[1]):
             value = (plane[y, x] - low) * gain
             # A NaN fails both comparisons and stays black.
             level = np.float32(0)
-            if value >= 255:
-                level = np.float32(255)
+            if value >= white:
+                level = white
             elif value > 0:
-                level = value + np.float32(0.5)
-            out[y, x] = np.uint8(level)
+                level = value + half
+            out[y, x] = level
 
 
-def _soft_mask(labels: npt.NDArray[np.int32], track: int, top: int, left: int, side: int) -> Plane8:
-    """The mask of a cell in a window, 0 to 255, as if softened over the whole image."""
-    margin = _SOFT_MASK // 2
-    top, left, side = top - margin, left - margin, side + 2 * margin
-    y0, x0 = max(top, 0), max(left, 0)
-    inside = labels[y0 : max(top + side, 0), x0 : max(left + side, 0)] == track
-    mask = np.zeros((side, side), np.uint8)
-    mask[y0 - top : y0 - top + inside.shape[0], x0 - left : x0 - left + inside.shape[1]] = inside
-    mask *= 255
-    softened = cv2.blur(mask, (_SOFT_MASK, _SOFT_MASK), borderType=cv2.BORDER_CONSTANT)
-    return np.asarray(softened[margin:-margin, margin:-margin], np.uint8)
+def _continue_edges(field: Pixels, pad: int) -> None:
+    """Fill the border of (C, H, W), ``pad`` wide, with the nearest pixels of what it surrounds."""
+    inner = slice(pad, -pad)
+    field[:, :pad, inner], field[:, -pad:, inner] = field[:, pad, None, inner], field[:, -pad - 1, None, inner]
+    field[..., :pad], field[..., -pad:] = field[..., pad, None], field[..., -pad - 1, None]
 
 
-def _resize(window: Plane8, out: Plane8) -> None:
+@numba.njit(cache=True, nogil=True)
+def _mask(
+    window: Pixels,
+    labels: npt.NDArray[np.int32],
+    track: int,
+    top: int,
+    left: int,
+    box: npt.NDArray[np.int32],
+    out: Pixels,
+) -> None:
+    """Multiply a window (C, side, side) at (top, left) by the cell's mask, softened by a mean over 11 x 11 px.
+
+    ``out`` is 0 on entry and is written to only as far from the cell's box as the mean reaches.
+    """
+    side, reach = window.shape[-1], _SOFT_MASK // 2
+    y0, x0 = max(box[0] - reach, top), max(box[1] - reach, left)
+    y1, x1 = min(box[2] + reach, top + side), min(box[3] + reach, left + side)
+    height, width = max(y1 - y0, 0), max(x1 - x0, 0)
+    # Pixels of the cell above and to the left; nothing lies outside of the image.
+    total = np.zeros((height + _SOFT_MASK, width + _SOFT_MASK), np.int32)
+    for i in range(1, len(total)):
+        y, row = y0 - reach + i - 1, 0
+        for j in range(1, total.shape[1]):
+            x = x0 - reach + j - 1
+            if 0 <= y < labels.shape[0] and 0 <= x < labels.shape[1] and labels[y, x] == track:
+                row += 1
+            total[i, j] = total[i - 1, j] + row
+    half = np.float32(0.5 * (out.itemsize == 1))
+    for i in range(height):
+        above, below = total[i], total[i + _SOFT_MASK]
+        for channel in range(len(window)):
+            source, target = window[channel, y0 - top + i, x0 - left :], out[channel, y0 - top + i, x0 - left :]
+            for j in range(width):
+                count = below[j + _SOFT_MASK] - below[j] - above[j + _SOFT_MASK] + above[j]
+                target[j] = source[j] * (np.float32(count) / np.float32(_SOFT_MASK**2)) + half
+
+
+def _store(window: Pixels, out: Clips) -> None:
+    """Resize a window (C, side, side) to a clip's frame (C, size, size), and round it if it is not yet."""
     size = out.shape[-1]
-    if window.shape[-1] == size:
-        out[:] = window
-        return
-    shrinks = window.shape[-1] > size
-    interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    for plane, target in zip(window, out, strict=True):
-        target[:] = cv2.resize(plane, (size, size), interpolation=interpolation)
+    if window.shape[-1] != size:
+        shrinks = window.shape[-1] > size
+        interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+        window = np.stack([cv2.resize(plane, (size, size), interpolation=interpolation) for plane in window])
+    out[:] = np.rint(window) if out.dtype == np.uint16 else window

@@ -7,6 +7,7 @@ and keep to CellProfiler's definitions where it has them; ``docs/cells.md`` give
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -132,8 +133,8 @@ def measure(
         found_shapes = shape_features(shapes[kind], boxes[kind])
         values |= {f"{kind}_{name}": value for name, value in found_shapes.items()}
         for channel, name in enumerate(channel_names):
-            light = _light_features(shapes[kind], lights[kind][channel], dark[channel])
-            values |= {f"{kind}_{measure}_{name}": value for measure, value in light.items()}
+            found_light = _light_features(shapes[kind], lights[kind][channel], dark[channel])
+            values |= {f"{kind}_{measure}_{name}": value for measure, value in found_light.items()}
     nucleus, cell = (_centroids(shapes[kind]) for kind in OBJECTS)
     values["cell_nucleus_share"] = values["nucleus_area"] / values["cell_area"]
     values["cell_nucleus_offset"] = np.hypot(*np.moveaxis(nucleus - cell, -1, 0))
@@ -352,9 +353,9 @@ def _edge_length(labels: Labels, on_edge: npt.NDArray[np.bool_], label: int, y: 
     if (straight == 2 or straight == 3) and diagonal <= 2:
         return 1.0
     if (straight, diagonal) == (0, 2) or (straight, diagonal) == (1, 3):
-        return np.sqrt(2.0)
+        return math.sqrt(2)
     if straight == 1 and (diagonal == 1 or diagonal == 2):
-        return (1 + np.sqrt(2.0)) / 2
+        return (1 + math.sqrt(2)) / 2
     return 0.0
 
 
@@ -386,7 +387,7 @@ def _hull_pixels(labels: Labels, label: int, box: npt.NDArray[np.int32]) -> floa
             dy, dx = chain[i, 0] - chain[i - 1, 0], chain[i, 1] - chain[i - 1, 1]
             doubled_area += dy * (chain[i, 1] + chain[i - 1, 1])
             outline += np.gcd(dy, dx)
-    return (doubled_area + outline) / 2 + 1
+    return float((doubled_area + outline) / 2 + 1)
 
 
 @numba.njit(cache=True, nogil=True)

@@ -19,6 +19,7 @@ from screening.quality import QualityConfig
 from screening.segmentation import CellsConfig, NucleiConfig
 from screening.tracking import TrackingConfig
 from storage_schemas.base import Config
+from storage_schemas.clips import Clips, Ranges
 from storage_schemas.errors import InputError
 from storage_schemas.plate import Projection
 
@@ -99,7 +100,8 @@ class Site:
             found in the frame) and ``site_flag`` (str, why the whole site gives no clips; "" if it does not say so).
         frames: (F,) frames of the movie that the clips are made of.
         selection: a row a track (see :func:`screening.clips.select`) and ``clip``, the position of its clip.
-        clips: (N, C', F, size, size) uint8, of the tracks that are not excluded, in order.
+        clips: (N, C', F, size, size), of the tracks that are not excluded, in order.
+        ranges: intensities that each of the clips shows as black and white.
     """
 
     nuclei: npt.NDArray[np.int32]
@@ -109,7 +111,8 @@ class Site:
     quality: pd.DataFrame
     frames: npt.NDArray[np.int64]
     selection: pd.DataFrame
-    clips: npt.NDArray[np.uint8]
+    clips: Clips
+    ranges: Ranges
 
 
 def process_site(
@@ -156,7 +159,11 @@ def process_site(
     kept = selection["excluded"] == clips.KEPT
     selection["clip"] = pd.array(np.where(kept, kept.cumsum() - 1, -1), dtype="Int32")
     selection.loc[~kept, "clip"] = pd.NA
-    low, high = clips.intensity_range(corrected, calibration, config.clips.scaling)
+    ids = selection.loc[kept, "track"].to_numpy()
+    ranges = clips.intensity_ranges(corrected, cells, tracks, ids, frames, bad, calibration, config.clips)
+    ranges = Ranges(ranges.low[:, picks], ranges.high[:, picks])
+    # Only channels that are picked out are copied.
+    shown = corrected if picks == list(range(len(channels))) else corrected[:, picks]
     return Site(
         nuclei,
         cells,
@@ -168,17 +175,8 @@ def process_site(
         ),
         frames,
         selection,
-        clips.cut(
-            corrected[:, picks],
-            cells,
-            tracks,
-            selection.loc[kept, "track"].to_numpy(),
-            frames,
-            bad,
-            low[picks],
-            high[picks],
-            config.clips,
-        ),
+        clips.cut(shown, cells, tracks, ids, frames, bad, ranges.low, ranges.high, config.clips),
+        ranges,
     )
 
 

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import cv2
 import numpy as np
 import pytest
@@ -8,8 +11,17 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from screening import clips, features
-from screening.clips import ClipsConfig, FixedScaling, FixedWindow, SiteScaling, TrackWindow
-from screening.illumination import Calibration
+from screening.clips import (
+    CellScaling,
+    ClipsConfig,
+    FixedScaling,
+    FixedWindow,
+    PlateScaling,
+    Scaling,
+    SiteScaling,
+    TrackWindow,
+)
+from storage_schemas.clips import WHITE, Ranges
 from storage_schemas.errors import InputError
 
 LOW, HIGH = np.array([100, 0], np.float32), np.array([3000, 2000], np.float32)
@@ -66,12 +78,13 @@ def naive_cut(stack: np.ndarray, cells: np.ndarray, ids: list[int], bad: list[in
             planes = []
             for channel in range(stack.shape[1]):
                 share = (stack[pixels, channel] - LOW[channel]) / (HIGH - LOW)[channel]
-                image = np.floor(255 * np.nan_to_num(share).clip(0, 1) + 0.5)
+                image = WHITE[config.dtype] * np.nan_to_num(share).clip(0, 1)
+                if config.dtype == "uint8":
+                    image = np.floor(image + 0.5)
+                padded = np.pad(image, side, mode="edge" if config.padding == "edge" else "constant")
                 if config.mask == "soft":
-                    mask = (cells[window] == track).astype(float)
-                    mask = cv2.blur(mask, (11, 11), borderType=cv2.BORDER_CONSTANT)
-                    image = image * mask
-                padded = np.pad(image, side)
+                    mask = np.pad((cells[window] == track).astype(float), side)
+                    padded = padded * cv2.blur(mask, (11, 11), borderType=cv2.BORDER_CONSTANT)
                 view = padded[top + side : top + 2 * side, left + side : left + 2 * side]
                 if side != config.size:
                     way = cv2.INTER_AREA if side > config.size else cv2.INTER_LINEAR
@@ -82,7 +95,10 @@ def naive_cut(stack: np.ndarray, cells: np.ndarray, ids: list[int], bad: list[in
     return np.array(out)
 
 
-@pytest.mark.parametrize("mask", ["none", "soft"])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float16"])
+@pytest.mark.parametrize(
+    ("mask", "padding"), [("none", "black"), ("none", "edge"), ("soft", "black"), ("soft", "edge")]
+)
 @pytest.mark.parametrize(
     ("window", "size"),
     [
@@ -94,20 +110,28 @@ def naive_cut(stack: np.ndarray, cells: np.ndarray, ids: list[int], bad: list[in
         (TrackWindow(max_size=12), 12),
     ],
 )
-def test_equals_one_window_at_a_time(mask: str, window: FixedWindow | TrackWindow, size: int) -> None:
+def test_equals_one_window_at_a_time(
+    dtype: str, mask: str, padding: str, window: FixedWindow | TrackWindow, size: int
+) -> None:
     stack, cells = site()
     cells[2][cells[2] == 3] = 0
     cells[:2][cells[:2] == 1] = 0
+    cells[3][cells[3] == 2] = 0
+    cells[3, :9, 20:28] = 2  # at the image's edge
     stack[1, 0, 5:9] = np.nan
-    config = ClipsConfig(frames=5, window=window, size=size, mask=mask)
+    config = ClipsConfig(frames=5, window=window, size=size, mask=mask, padding=padding, dtype=dtype)
     got = cut(stack, cells, [1, 2, 3], [4], config)
     want = naive_cut(stack, cells, [1, 2, 3], [4], config)
-    assert got.dtype == np.uint8
+    assert got.dtype == dtype
     assert got.shape == (3, 2, 5, size, size)
     exact = mask == "none" and size == getattr(window, "size", 0)
-    # Masks are 8 bit and each step rounds: two levels at most.
-    assert np.abs(got - want).max() <= (0 if exact else 2)
-    assert got.max() > 200
+    # In 8 bit each step rounds: two levels at most. A float16 has 11 significant bits.
+    tolerance = {"uint8": 0 if exact else 2, "uint16": 1, "float16": 2**-11}[dtype]
+    assert np.abs(got.astype(float) - want).max() <= tolerance
+    assert got.max() > 0.8 * WHITE[dtype]
+    if padding == "edge" and mask == "none" and size == 24:
+        assert (got[1, 1, 3, 0] == got[1, 1, 3, 5]).all()
+        assert got[1, 1, 3, 0].any()
 
 
 @settings(max_examples=40, deadline=None)
@@ -182,9 +206,10 @@ def test_no_tracks_and_movies_of_one_frame() -> None:
 
 def test_a_range_without_width_gives_black_and_white() -> None:
     stack = np.array([-1, 0, 1, np.nan], np.float32).reshape(1, 4)
-    out = np.empty((1, 4), np.uint8)
-    clips._to_uint8(stack, np.float32(0), np.float32(0), out)
-    assert out.tolist() == [[0, 0, 255, 0]]
+    for dtype, white in ((np.uint8, 255), (np.float32, 1)):
+        out = np.empty((1, 4), dtype)
+        clips._scale(stack, np.float32(0), np.float32(0), np.float32(white), out)
+        assert out.tolist() == [[0, 0, white, 0]]
 
 
 def reasons(cells: np.ndarray, bad: list[int], config: ClipsConfig) -> list[str]:
@@ -279,23 +304,87 @@ def test_stepped_frames_and_short_movies() -> None:
         clips.choose_frames(15, ClipsConfig())
 
 
-def test_intensity_range_by_plate_site_or_fixed() -> None:
-    calibration = Calibration(None, np.zeros(2, np.float32), LOW, HIGH)
-    stack = site()[0]
+def ranges(stack: np.ndarray, cells: np.ndarray, ids: list[int], config: ClipsConfig) -> Ranges:
+    calibration: Any = SimpleNamespace(low=LOW, high=HIGH)
+    frames = clips.choose_frames(len(stack), config)
+    bad = np.zeros(len(stack), bool)
+    return clips.intensity_ranges(stack, cells, measured(stack, cells), np.array(ids), frames, bad, calibration, config)
+
+
+def test_ranges_of_plate_site_and_fixed_scaling() -> None:
+    stack, cells = site()
     stack[0, 0, 0, 0] = np.nan
-    low, high = clips.intensity_range(stack, calibration, ClipsConfig().scaling)
-    assert low is LOW
-    assert high is HIGH
-    low, high = clips.intensity_range(stack, calibration, SiteScaling(low=10, high=90))
+    of_plate = ranges(stack, cells, [1, 3], ClipsConfig(frames=2))
+    assert of_plate.low.tolist() == [LOW.tolist()] * 2
+    assert of_plate.high.tolist() == [HIGH.tolist()] * 2
+    of_site = ranges(stack, cells, [1, 3], ClipsConfig(frames=2, scaling=SiteScaling(low=10, high=90)))
     for channel in range(2):
         want = np.nanpercentile(stack[:, channel], (10, 90))
-        np.testing.assert_allclose([low[channel], high[channel]], want, rtol=1e-5)
-    fixed = FixedScaling(low=(10,), high=(100, 200))
-    low, high = clips.intensity_range(stack, calibration, fixed)
-    assert (low.tolist(), high.tolist()) == ([10, 10], [100, 200])
+        for clip in range(2):
+            np.testing.assert_allclose([of_site.low[clip, channel], of_site.high[clip, channel]], want, rtol=1e-5)
+    fixed = ranges(stack, cells, [2], ClipsConfig(frames=2, scaling=FixedScaling(low=(10,), high=(100, 200))))
+    assert (fixed.low.tolist(), fixed.high.tolist()) == ([[10, 10]], [[100, 200]])
     for wrong in (FixedScaling(high=(1, 2, 3)), FixedScaling(low=(5,), high=(5,))):
         with pytest.raises(InputError, match=r"clips\.scaling"):
-            clips.intensity_range(stack, calibration, wrong)
+            ranges(stack, cells, [2], ClipsConfig(frames=2, scaling=wrong))
+
+
+def test_ranges_of_a_cell_are_those_of_its_own_pixels_over_the_clip() -> None:
+    stack, cells = site()
+    cells[1][cells[1] == 2] = 0
+    config = ClipsConfig(frames=3, step=2, scaling=CellScaling(low=0, high=100))
+    got = ranges(stack, cells, [4, 2], config)
+    for i, track in enumerate((4, 2)):
+        for channel in range(2):
+            own = np.concatenate([stack[t, channel][cells[t] == track] for t in (0, 2, 4)])
+            np.testing.assert_array_equal([got.low[i, channel], got.high[i, channel]], [own.min(), own.max()])
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float16"])
+@pytest.mark.parametrize(
+    "scaling", [PlateScaling(), SiteScaling(), FixedScaling(low=(-100,), high=(3500,)), CellScaling()]
+)
+def test_intensities_come_back(dtype: str, scaling: Scaling) -> None:
+    stack, cells = site()
+    config = ClipsConfig(
+        frames=6, window=FixedWindow(size=24), size=24, mask="none", padding="edge", scaling=scaling, dtype=dtype
+    )
+    ids = [3, 1, 4]
+    found = ranges(stack, cells, ids, config)
+    frames, bad = np.arange(6), np.zeros(6, bool)
+    tracks = measured(stack, cells)
+    cutout = clips.cut(stack, cells, tracks, np.array(ids), frames, bad, found.low, found.high, config)
+    back = found.intensities(cutout)
+    step = {"uint8": 1 / 255, "uint16": 1 / 65535, "float16": 2**-11}[dtype]
+    for i, track in enumerate(ids):
+        for frame in frames:
+            y, x = (tracks.box[track - 1, frame, :2] + tracks.box[track - 1, frame, 2:]) // 2
+            rows, columns = (np.arange(12 - 24, 12) + centre for centre in (y, x))
+            image = stack[frame][:, rows.clip(0, 59)][:, :, columns.clip(0, 69)]
+            for channel in range(2):
+                low, high = found.low[i, channel], found.high[i, channel]
+                want = image[channel].clip(low, high)
+                assert np.abs(back[i, channel, frame] - want).max() <= 0.51 * step * (high - low) + 1e-3
+
+
+def test_cell_scaling_shows_a_dim_cell_like_a_bright_one_and_plate_scaling_does_not() -> None:
+    cells = squares(2)
+    stack = np.random.default_rng(0).uniform(50, 60, (2, 2, 60, 60)).astype(np.float32)
+    pattern = np.random.default_rng(1).uniform(200, 1000, (10, 10))
+    boxes = features.measure(cells, cells, stack, ("a", "b")).box[:, 0]
+    for track, gain in ((1, 1.0), (2, 0.5)):
+        y0, x0, y1, x1 = boxes[track - 1]
+        stack[:, :, y0:y1, x0:x1] = gain * pattern
+    shown = {}
+    for scaling in (PlateScaling(), CellScaling()):
+        config = ClipsConfig(frames=2, window=FixedWindow(size=10), size=10, mask="none", scaling=scaling)
+        found = ranges(stack, cells, [1, 2], config)
+        tracks, frames, bad = measured(stack, cells), np.arange(2), np.zeros(2, bool)
+        shown[scaling.method] = clips.cut(
+            stack, cells, tracks, np.array([1, 2]), frames, bad, found.low, found.high, config
+        ).astype(int)
+    assert np.abs(shown["cell"][0] - shown["cell"][1]).max() <= 1
+    assert shown["plate"][0].mean() > 1.8 * shown["plate"][1].mean()
 
 
 def test_config_refuses_what_makes_no_sense() -> None:

@@ -10,10 +10,20 @@ import pytest
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from storage_schemas import arrays
-from storage_schemas.clips import SHARD_CLIPS, channel_names, open_clips, read_clips, write_clips
+from storage_schemas import arrays, store
+from storage_schemas.clips import (
+    SHARD_CLIPS,
+    WHITE,
+    Ranges,
+    channel_names,
+    open_clips,
+    read_clips,
+    read_ranges,
+    write_clips,
+)
 from storage_schemas.errors import SchemaError
 
 
@@ -84,6 +94,53 @@ def test_writing_again_replaces_everything(url: str) -> None:
     assert channel_names(open_clips(url)) == ["x", "y"]
 
 
+@pytest.mark.parametrize("dtype", WHITE)
+def test_every_type_reads_back(url: str, dtype: str) -> None:
+    clips = (clips_of(5) / np.float32(255) * np.float32(WHITE[dtype])).astype(dtype)
+    write_clips(url, clips, ["a", "b"], [0, 1, 2])
+    for back in (read_clips(url, slice(1, 3)), read_clips(url, [2, 1])[::-1]):
+        assert back.dtype == dtype
+        np.testing.assert_array_equal(back, clips[1:3])
+    assert read_ranges(url) is None
+
+
+@given(
+    ranges=hnp.arrays(np.float32, st.tuples(st.just(2), st.integers(0, 5), st.just(2)), elements=st.floats(width=32)),
+    shared=st.booleans(),
+)
+@settings(max_examples=25, deadline=None)
+def test_ranges_read_back(ranges: NDArray[np.float32], shared: bool) -> None:
+    low, high = np.nan_to_num(ranges)
+    if shared and len(low):
+        low, high = np.broadcast_to(low[:1], low.shape), np.broadcast_to(high[:1], high.shape)
+    url = f"memory://{uuid.uuid4().hex}/B02.zarr"
+    write_clips(url, clips_of(len(low)), ["a", "b"], [0, 1, 2], Ranges(low, high))
+    back = read_ranges(url)
+    assert back is not None
+    np.testing.assert_array_equal(back.low, low)
+    np.testing.assert_array_equal(back.high, high)
+    scaling = open_clips(url).attrs["screening"]["scaling"]
+    if shared:
+        assert len(scaling["low"]) == len(scaling["high"]) == min(len(low), 1)
+    store.remove(url)
+
+
+@pytest.mark.parametrize("scaling", [{}, {"low": [[0, 0]]}, {"low": [[0, 0]], "high": [[1]]}, {"low": 1, "high": 2}, 7])
+def test_a_scaling_that_does_not_fit_is_refused(url: str, scaling: Any) -> None:
+    mark = {"form": "clips", "version": 2, "channels": ["a", "b"], "frames": [0, 1, 2], "scaling": scaling}
+    zarr.create_array(arrays.zarr_store(url), shape=(3, 2, 3, 4, 4), dtype="uint8", attributes={"screening": mark})
+    with pytest.raises(SchemaError, match="does not give low and high for"):
+        read_ranges(url)
+
+
+def test_intensities_are_shares_of_the_range() -> None:
+    low, high = np.array([[100.0, 0.0]], np.float32), np.array([[300.0, 1.0]], np.float32)
+    for dtype, white in WHITE.items():
+        clips = np.zeros((1, 2, 1, 1, 2), dtype)
+        clips[..., 1] = white
+        assert Ranges(low, high).intensities(clips).ravel().tolist() == [100, 300, 0, 1]
+
+
 def test_one_clip_a_chunk_and_few_files(tmp_path: Path) -> None:
     write_clips(str(tmp_path), clips_of(2 * SHARD_CLIPS + 7), ["a", "b"], [0, 1, 2])
     array = zarr.open_array(tmp_path, mode="r")
@@ -99,12 +156,12 @@ def test_one_clip_a_chunk_and_few_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("shape", "dtype", "mark", "problem"),
     [
-        ((2, 2, 3, 4, 4), "uint8", None, "expected clips of version 1, found no mark"),
-        ((2, 2, 3, 4, 4), "uint8", "clips", "expected clips of version 1"),
-        ((2, 2, 3, 4, 4), "uint8", {"form": "clips", "version": 2}, "expected clips of version 1"),
-        ((2, 2, 3, 4, 4), "uint8", {"form": "labels", "version": 1}, "expected clips of version 1"),
-        ((2, 3, 4, 4), "uint8", {"form": "clips", "version": 1}, "expected .*uint8, found"),
-        ((2, 2, 3, 4, 4), "uint16", {"form": "clips", "version": 1}, "found .*uint16"),
+        ((2, 2, 3, 4, 4), "uint8", None, "expected clips of version 2, found no mark"),
+        ((2, 2, 3, 4, 4), "uint8", "clips", "expected clips of version 2"),
+        ((2, 2, 3, 4, 4), "uint8", {"form": "clips", "version": 1}, "expected clips of version 2"),
+        ((2, 2, 3, 4, 4), "uint8", {"form": "labels", "version": 2}, "expected clips of version 2"),
+        ((2, 3, 4, 4), "uint8", {"form": "clips", "version": 2}, "expected .*uint8, .*found"),
+        ((2, 2, 3, 4, 4), "float32", {"form": "clips", "version": 2}, "found .*float32"),
     ],
 )
 def test_what_is_not_clips_is_refused(url: str, shape: tuple[int, ...], dtype: str, mark: Any, problem: str) -> None:
