@@ -74,8 +74,8 @@ class EmbedWells:
         self._network, self._normalisation = restore(self._manifest, weights)
         self._network.to("cuda" if torch.cuda.is_available() else "cpu")
 
-    def __call__(self, well: WellKey) -> Counts:
-        """Embed one well's clips and write them."""
+    def __call__(self, well: WellKey) -> float:
+        """Embed one well's clips and write them; no part of it can fail alone."""
         screen, config, manifest = self._context.screen, self._context.config, self._manifest
         url = screen.clips(well)
         clips = open_clips(url)
@@ -94,5 +94,6 @@ class EmbedWells:
         assert len(cells) == len(vectors), "every clip is of a cell"
         table = cells.drop_columns(["clip"]).append_column("embedding", vector_column(vectors))
         form = embeddings_form(manifest.embedding_dim)
+        screen.write_failures("embed", well, [])
         write_table(screen.embeddings(well), table, form, self._context.fingerprint)
-        return {"cells": len(vectors)}
+        return 0.0

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+import dask
+import dask.array as da
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -18,13 +19,14 @@ from pipelines.inputs import Inputs
 from pipelines.units import Counts, StageError, Work, run_units
 from screening.clips import PlateScaling
 from screening.illumination import Calibration, calibrate
-from screening.site import SegmentConfig, Site, process_site
-from storage_schemas.calibration import read_calibration, write_calibration
-from storage_schemas.clips import Clips, Ranges, write_clips
-from storage_schemas.errors import InputError
-from storage_schemas.keys import WellKey
-from storage_schemas.plate import Plate, SiteImage, open_site, write_labels
-from storage_schemas.screen import Screen
+from screening.quality import PlateQuality, flags_of_frames
+from screening.site import SegmentConfig, Site, SiteError, SiteForm, check_form, process_site
+from storage_schemas.calibration import FLAT_FIELD, read_calibration, write_calibration
+from storage_schemas.clips import Ranges, write_clips
+from storage_schemas.errors import InputError, SchemaError
+from storage_schemas.keys import SiteKey, WellKey
+from storage_schemas.plate import Plate, Projection, SiteImage, open_site, write_labels
+from storage_schemas.screen import Failure, Screen
 from storage_schemas.store import exists
 from storage_schemas.tables import CELLS, FEATURE_PREFIX, QUALITY, open_table, write_table
 
@@ -33,25 +35,29 @@ if TYPE_CHECKING:  # the configuration pulls in torch, which segmentation worker
 
 OUTPUT_VERSION = 2  # raised when the same configuration gives other files
 
-_COUNTED = ("wells", "done", "failed", "sites", "frames", "bad_frames", "objects", "tracks", "clips")
-
 _SAMPLED_SITES = 48  # of a plate, for its calibration
 _SAMPLED_FRAMES = 3  # of each of them: first, middle, last
+_SAMPLED_FORMS = 9  # wells, for what a plate's sites have in common
 
 
 def segment(config: RunConfig, inputs: Inputs, screen: Screen, fingerprint: str) -> tuple[Counts, list[str]]:
     """Find, follow and cut out the cells of every well that has not been done.
+
+    A site that cannot be used is recorded as failed, and its well is done without it; a well without any such site
+    has failed.
 
     Returns:
         Counts over the whole stage, and notes for the reader.
 
     Raises:
         InputError: if a configured channel does not exist, or no well has a cell.
-        StageError: if too many wells fail.
+        StageError: if too much fails.
     """
-    _check_channels(config.segment, inputs)
-    notes = _calibrate_plates(config, inputs, screen)
-    context = _Context(config.segment, inputs.plates, screen, fingerprint)
+    assert config.segment is not None, "plates come with settings of how to segment them"
+    forms = _plate_forms(inputs)
+    _check_channels(config.segment, inputs, forms)
+    notes = _calibrate_plates(config, inputs, screen, forms)
+    context = _Context(config.segment, inputs.plates, forms, screen, fingerprint)
     run_units(
         screen,
         "segment",
@@ -60,16 +66,13 @@ def segment(config: RunConfig, inputs: Inputs, screen: Screen, fingerprint: str)
         config.max_failed_share,
     )
     counts = _count(inputs, screen)
-    failures = screen.failures("segment")
-    excluded = sum(n for name, n in counts.items() if name.startswith("excluded"))
-    assert counts["done"] + len(failures) == counts["wells"], "every well is done or recorded as failed"
-    assert counts["tracks"] == counts["clips"] + excluded, "every track has a clip or a reason"
     if not counts["clips"]:
-        reasons = {name: n for name, n in counts.items() if name.startswith("excluded")} or "none excluded"
+        shown = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
+        failures = screen.failures("segment")
         why = f"; {failures[0].unit} failed: {failures[0].message}" if failures else ""
         raise StageError(
-            f"segment: no clip in any of {counts['wells']} wells: {counts['tracks']} tracks, {reasons}"
-            f"{why}; check segment.channels.nucleus and the nuclei, tracking and clips settings"
+            f"segment: no clip in any of {counts['wells']} wells: {shown}{why}; check segment.channels.nucleus and "
+            "the nuclei, tracking and clips settings"
         )
     return counts, notes
 
@@ -78,163 +81,262 @@ def segment(config: RunConfig, inputs: Inputs, screen: Screen, fingerprint: str)
 class _Context:
     config: SegmentConfig
     plates: dict[str, Plate]
+    forms: dict[str, SiteForm]
     screen: Screen
     fingerprint: str
 
 
-def segment_well(context: _Context, well: WellKey) -> Counts:
-    """Do one well: every site of it, then its clips, its quality table and, to commit it, its cells table."""
-    config, screen = context.config, context.screen
-    calibration_url = screen.calibration(well.plate)
-    if not exists(calibration_url):
-        raise InputError(f"{context.plates[well.plate].url}: none of the sites sampled for its calibration can be read")
-    calibration = Calibration(*read_calibration(calibration_url))
-    cells: list[pa.Table] = []
-    measures: list[pd.DataFrame] = []
-    clips: list[Clips] = []
-    ranges: list[Ranges] = []
-    n_clips = 0
-    frames = np.zeros(0, np.int64)
-    clip_channels: tuple[str, ...] = ()
-    for name, url in context.plates[well.plate].sites(well.well).items():
+def segment_well(context: _Context, well: WellKey) -> float:
+    """Do one well: every site of it, then its clips, its quality table and, to commit it, its cells table.
+
+    A well that is done but for some sites stays as it is unless one of them can be used by now.
+
+    Returns:
+        The share of its sites that failed.
+    """
+    screen, plate = context.screen, context.plates[well.plate]
+    if well.plate not in context.forms or not exists(screen.calibration(well.plate)):
+        raise InputError(f"{plate.url}: none of the sites sampled for its calibration can be used")
+    calibration = _open_calibration(screen.calibration(well.plate))
+    sites = {SiteKey(well.plate, well.well, name): url for name, url in plate.sites(well.well).items()}
+    if exists(screen.cells(well)):
+        again = _failed_again(context, calibration, well, sites)
+        if again:
+            screen.write_failures("segment", well, again)
+            return len(again) / len(sites)
+        screen.remove_unit(well)
+
+    done: dict[SiteKey, Site] = {}
+    failed: list[Failure] = []
+    for key, url in sites.items():
+        outcome = _attempt(context, calibration, key, url)
+        if isinstance(outcome, Failure):
+            failed.append(outcome)
+        else:
+            done[key] = outcome
+    assert len(done) + len(failed) == len(sites), "every site is done or recorded as failed"
+    # Before the commit: a run cut off here leaves a well that is to be done, and one cut off later a true record.
+    screen.write_failures("segment", well, failed)
+    if done:
+        _write_well(context, well, done)
+    return len(failed) / len(sites)
+
+
+def _failed_again(
+    context: _Context, calibration: Calibration, well: WellKey, sites: Mapping[SiteKey, str]
+) -> list[Failure]:
+    """The failures of a well's failed sites tried again; none if one of them can be used, or is gone."""
+    recorded = {failure.unit for failure in context.screen.failures("segment", well)}
+    known = {key: url for key, url in sites.items() if str(key) in recorded}
+    failures: list[Failure] = []
+    for key, url in known.items():
+        outcome = _attempt(context, calibration, key, url)
+        if not isinstance(outcome, Failure):
+            return []
+        failures.append(outcome)
+    return failures if len(known) == len(recorded) else []
+
+
+def _attempt(context: _Context, calibration: Calibration, key: SiteKey, url: str) -> Site | Failure:
+    """Do one site; what it raises becomes a record, so that one bad site costs one site."""
+    config, form = context.config, context.forms[key.plate]
+    try:
         image = open_site(url)
-        clip_channels = config.channels.clips or image.channels
-        stack = image.read(projection=config.projection)
-        try:
-            site = process_site(stack, image.channels, calibration, config)
-        except InputError as error:
-            raise InputError(f"{url}: {error}") from error
+        check_form(SiteForm(image.channels, image.shape), form, config.clips)
+        stack = image.read(form.channels, projection=config.projection)
+        site = process_site(stack, form.channels, calibration, config)
         if config.labels:
             write_labels(url, {"nuclei": site.nuclei, "cells": site.cells})
-        cells.append(_cells_table(well, name, site, n_clips))
-        measures.append(_quality_table(well, name, site, image))
-        clips.append(site.clips)
-        ranges.append(site.ranges)
-        n_clips += len(site.clips)
-        frames = site.frames
-    write_clips(
-        screen.clips(well), np.concatenate(clips), clip_channels, frames.tolist(), Ranges.concatenate(ranges)
-    )
+    except SchemaError as error:
+        return Failure(str(key), "unreadable", str(error))
+    except SiteError as error:
+        return Failure(str(key), error.fault, f"{url}: {error}")
+    except Exception as error:  # whatever it is, it is recorded with its site
+        return Failure(str(key), type(error).__name__, f"{url}: {error}")
+    return site
+
+
+def _write_well(context: _Context, well: WellKey, sites: Mapping[SiteKey, Site]) -> None:
+    screen, form = context.screen, context.forms[well.plate]
+    clips = np.concatenate([site.clips for site in sites.values()])
+    frames = next(iter(sites.values())).frames.tolist()
+    ranges = Ranges.concatenate([site.ranges for site in sites.values()])
+    write_clips(screen.clips(well), clips, context.config.channels.clips or form.channels, frames, ranges)
+    measures = [_quality_table(key, site, form.channels) for key, site in sites.items()]
     write_table(screen.quality(well), pd.concat(measures), QUALITY, context.fingerprint)
-    table = pa.concat_tables(cells, promote_options="default")
+    n_clips = np.cumsum([0, *(len(site.clips) for site in sites.values())])
+    tables = [_cells_table(key, site, int(n)) for (key, site), n in zip(sites.items(), n_clips, strict=False)]
+    table = pa.concat_tables(tables, promote_options="default")
     write_table(screen.cells(well), table, CELLS, context.fingerprint)
-    return {"clips": n_clips}
 
 
-def _check_channels(config: SegmentConfig, inputs: Inputs) -> None:
-    """A readable site of each plate stands for the rest here; each well checks its own again when it is read."""
+# --- plates ----------------------------------------------------------------------------------
+
+
+def _plate_forms(inputs: Inputs) -> dict[str, SiteForm]:
+    """What the sites of each plate have in common: what most of a few of them have; nothing of unreadable plates."""
+    forms: dict[str, SiteForm] = {}
+    for plate in inputs.plates.values():
+        wells = _spread(_wells_of(plate, inputs), _SAMPLED_FORMS)
+        images = [image for well in wells for image in _images(plate, well)[:1]]
+        found = Counter(SiteForm(image.channels, image.shape) for image in images)
+        if found:
+            forms[plate.name] = found.most_common(1)[0][0]
+    return forms
+
+
+def _check_channels(config: SegmentConfig, inputs: Inputs, forms: Mapping[str, SiteForm]) -> None:
     named = config.channels
     wanted = [named.nucleus, named.cytoplasm, *(named.clips or ())]
-    first: SiteImage | None = None
-    for plate in inputs.plates.values():
-        image = _first_site(plate, inputs)
-        if image is None:
-            continue  # its wells will be recorded as failed
-        missing = [name for name in wanted if name is not None and name not in image.channels]
+    first = next(iter(forms), "")
+    for name, form in forms.items():
+        url = inputs.plates[name].url
+        missing = [channel for channel in wanted if channel is not None and channel not in form.channels]
         if missing:
             raise InputError(
-                f"{image.url}: has no channel {missing}; its channels are {list(image.channels)}: set "
+                f"{url}: has no channel {missing}; its channels are {list(form.channels)}: set "
                 "segment.channels.nucleus, .cytoplasm and .clips to these names"
             )
-        first = first or image
-        if named.clips is None and image.channels != first.channels:
+        if named.clips is None and form.channels != forms[first].channels:
             raise InputError(
-                f"{image.url}: has the channels {list(image.channels)}, {first.url} has {list(first.channels)}: say by "
-                "segment.channels.clips which ones the clips are made of, in which order"
+                f"{url}: has the channels {list(form.channels)}, {inputs.plates[first].url} has "
+                f"{list(forms[first].channels)}: say by segment.channels.clips which ones the clips are made of, in "
+                "which order"
             )
 
 
-def _first_site(plate: Plate, inputs: Inputs) -> SiteImage | None:
-    for well in inputs.plate_map.loc[inputs.plate_map["plate"] == plate.name, "well"]:
-        try:
-            return open_site(next(iter(plate.sites(well).values())))
-        except InputError:
-            continue
-    return None
-
-
-def _calibrate_plates(config: RunConfig, inputs: Inputs, screen: Screen) -> list[str]:
-    """Calibrate plates that are not, and again those with failed wells, whose sites may be readable by now."""
-    failed = {WellKey.parse(failure.unit).plate for failure in screen.failures("segment")}
+def _calibrate_plates(config: RunConfig, inputs: Inputs, screen: Screen, forms: Mapping[str, SiteForm]) -> list[str]:
+    """Calibrate plates of which something is left to do: sites that could not be read may be readable by now."""
+    assert config.segment is not None, "as in segment"
+    done = screen.done_units("segment") - screen.failed_units("segment")
+    unfinished = {well.plate for well in inputs.wells if well not in done}
     calibrate_one = ray.remote(num_cpus=config.resources.segment_cpus)(_calibrate_plate)
     tasks = [
-        calibrate_one.remote(
-            config.segment, plate, sorted(inputs.plate_map.query("plate == @plate.name")["well"]), screen
-        )
+        calibrate_one.remote(config.segment, plate, _wells_of(plate, inputs), forms[plate.name], screen)
         for plate in inputs.plates.values()
-        if plate.name in failed or not exists(screen.calibration(plate.name))
+        if plate.name in unfinished and plate.name in forms
     ]
     ray.get(tasks)
     if config.segment.illumination.method == "none":
         return []
     calibrated = [name for name in inputs.plates if exists(screen.calibration(name))]
-    flat = [name for name in calibrated if read_calibration(screen.calibration(name))[0] is None]
     return [
         f"plate {name}: illumination not corrected, it has fewer sites than segment.illumination.min_sites"
-        for name in flat
+        for name in calibrated
+        if FLAT_FIELD not in read_calibration(screen.calibration(name))
     ]
 
 
-def _calibrate_plate(config: SegmentConfig, plate: Plate, wells: list[str], screen: Screen) -> None:
+def _calibrate_plate(config: SegmentConfig, plate: Plate, wells: list[str], form: SiteForm, screen: Screen) -> None:
     scaling = config.clips.scaling
     percentiles = (scaling.low, scaling.high) if isinstance(scaling, PlateScaling) else (1.0, 99.8)
-    sample = _sample(config, plate, wells)
-    first = next(sample, None)
-    if first is None:
-        # Nothing of it can be read: its wells will say so one by one, and other plates go on.
-        return
     try:
-        found = calibrate(chain([first], sample), config.illumination, percentiles)
-    except InputError as error:
-        raise InputError(f"{plate.url}: {error}") from error
-    fields = found.flat_field, found.offset, found.low, found.high
+        # One thread: plates are calibrated side by side, and each holds one frame at a time.
+        with dask.config.set(scheduler="synchronous"):
+            found = calibrate(_sample(config, plate, wells, form), config.illumination, percentiles)
+    except InputError:
+        # Nothing of the sample can be used: its wells will say so one by one, and other plates go on.
+        return
+    stored = _stored(found)
     url = screen.calibration(plate.name)
     if exists(url):
-        pairs = zip(fields, read_calibration(url), strict=True)
-        if all(np.array_equal(np.asarray(new), np.asarray(old)) for new, old in pairs):
+        old = read_calibration(url)
+        if old.keys() == stored.keys() and all(np.array_equal(old[k], stored[k], equal_nan=True) for k in old):
             return
-        # What was cut with the old calibration would not compare with what is to be cut.
-        screen.remove_cells(plate.name)
-    write_calibration(url, *fields)
+    # What was cut with another calibration would not compare with what is to be cut.
+    screen.remove_cells(plate.name)
+    write_calibration(url, stored)
 
 
-def _sample(config: SegmentConfig, plate: Plate, wells: list[str]) -> Iterator[np.ndarray[Any, Any]]:
-    """A few frames of sites spread evenly over the plate's wells."""
-    picked = np.unique(np.linspace(0, len(wells) - 1, min(len(wells), _SAMPLED_SITES)).astype(int))
+def _stored(calibration: Calibration) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
+    """A calibration as it is on disk."""
+    usual = calibration.quality
+    fields = {
+        FLAT_FIELD: calibration.flat_field,
+        "offset": calibration.offset,
+        "low": calibration.low,
+        "high": calibration.high,
+        "focus": usual.focus,
+        "saturated": usual.saturated,
+        "glare": usual.glare,
+        "sd": usual.sd,
+    }
+    return {name: values.astype(np.float32) for name, values in fields.items() if values is not None}
+
+
+def _open_calibration(url: str) -> Calibration:
+    fields = read_calibration(url)
+    usual = PlateQuality(*(fields[name].astype(np.float64) for name in ("focus", "saturated", "glare", "sd")))
+    return Calibration(fields.get(FLAT_FIELD), fields["offset"], fields["low"], fields["high"], usual)
+
+
+def _sample(config: SegmentConfig, plate: Plate, wells: list[str], form: SiteForm) -> list[da.Array]:
+    """A few frames of sites spread evenly over the plate's wells, read when they are wanted."""
+    picked = _spread(wells, _SAMPLED_SITES)
     per_well = -(-_SAMPLED_SITES // len(picked))
-    for position in picked:
-        for url in _urls(plate, wells[position])[:per_well]:
+    stacks = []
+    for well in picked:
+        for image in _images(plate, well)[:per_well]:
             try:
-                image = open_site(url)
-                last = image.shape[0] - 1
-                frames = sorted({round(last * i / (_SAMPLED_FRAMES - 1)) for i in range(_SAMPLED_FRAMES)})
-                stack = image.read(frames=frames, projection=config.projection)
-            except InputError:
-                # The well's own unit will meet the same error and record it.
-                continue
-            # A frame that was never taken, or was lost, says nothing of the plate.
-            taken = stack.min(axis=(1, 2, 3)) < stack.max(axis=(1, 2, 3))
-            if taken.any():
-                yield stack[taken]
+                check_form(SiteForm(image.channels, image.shape), form, config.clips)
+            except SiteError:
+                continue  # the well's own unit will meet the same error and record it, as for those not readable
+            last = image.shape[0] - 1
+            frames = sorted({round(last * i / (_SAMPLED_FRAMES - 1)) for i in range(_SAMPLED_FRAMES)})
+            shape = (1, len(form.channels), *form.shape[2:])
+            reads = [dask.delayed(partial(_read_frame, image, frame, form, config.projection))() for frame in frames]
+            stacks.append(da.concatenate([da.from_delayed(read, shape, np.float32) for read in reads]))
+    return stacks
 
 
-def _urls(plate: Plate, well: str) -> list[str]:
+def _read_frame(image: SiteImage, frame: int, form: SiteForm, projection: Projection) -> np.ndarray[Any, Any]:
+    """A frame (1, C, H, W), all NaN if it was never taken or is lost: it says nothing of the plate."""
     try:
-        return list(plate.sites(well).values())
+        read = image.read(form.channels, [frame], projection)
+    except SchemaError:
+        read = None
+    if read is None or read.min() == read.max():
+        return np.full((1, len(form.channels), *form.shape[2:]), np.nan, np.float32)
+    return read
+
+
+def _wells_of(plate: Plate, inputs: Inputs) -> list[str]:
+    return sorted(inputs.plate_map.loc[inputs.plate_map["plate"] == plate.name, "well"])
+
+
+def _spread(wells: Sequence[str], n: int) -> list[str]:
+    """At most ``n`` of the wells, evenly spread."""
+    return [wells[i] for i in np.unique(np.linspace(0, len(wells) - 1, min(len(wells), n)).astype(int))]
+
+
+def _images(plate: Plate, well: str) -> list[SiteImage]:
+    """The sites of a well that can be opened."""
+    try:
+        urls = list(plate.sites(well).values())
     except InputError:
         return []
+    images = []
+    for url in urls:
+        try:
+            images.append(open_site(url))
+        except InputError:
+            continue
+    return images
 
 
-def _cells_table(well: WellKey, name: str, site: Site, first_clip: int) -> pa.Table:
+# --- tables ----------------------------------------------------------------------------------
+
+
+def _cells_table(key: SiteKey, site: Site, first_clip: int) -> pa.Table:
     tracks, selection = site.tracks, site.selection
     present = tracks.present
     n_tracks, n_frames = present.shape
     parent = pd.Series(site.parents["parent"].to_numpy(), index=site.parents["track"].to_numpy())
     frame = pd.DataFrame(
         {
-            "plate": well.plate,
-            "well": well.well,
-            "site": name,
+            "plate": key.plate,
+            "well": key.well,
+            "site": key.site,
             "track": selection["track"],
             "parent": parent.reindex(selection["track"]).astype("Int32").to_numpy(),
             "first_frame": present.argmax(axis=1),
@@ -266,35 +368,63 @@ def _lists(values: np.ndarray[Any, Any]) -> pa.ListArray:
     return pa.ListArray.from_arrays(offsets, pa.array(values.ravel()))
 
 
-def _quality_table(well: WellKey, name: str, site: Site, image: SiteImage) -> pd.DataFrame:
+def _quality_table(key: SiteKey, site: Site, channels: Sequence[str]) -> pd.DataFrame:
     return site.quality.assign(
-        plate=well.plate,
-        well=well.well,
-        site=name,
-        channel=[image.channels[c] for c in site.quality["channel"]],
+        plate=key.plate,
+        well=key.well,
+        site=key.site,
+        channel=[channels[c] for c in site.quality["channel"]],
     )
 
 
 def _count(inputs: Inputs, screen: Screen) -> Counts:
-    """Count what all done units hold; reading key columns, so that a resumed run counts the same."""
-    counts: Counter[str] = Counter(dict.fromkeys(_COUNTED, 0))
-    counts.update(wells=len(inputs.wells), failed=len(screen.failures("segment")))
-    done = screen.done_units("segment")
-    for well in inputs.wells:
-        if well not in done:
-            continue
-        cells = open_table(screen.cells(well), CELLS, ["n_frames", "excluded"])
-        frames = open_table(screen.quality(well), QUALITY, ["site", "frame", "bad"]).to_pandas()
-        per_frame = frames.drop_duplicates(["site", "frame"])
-        excluded = Counter(cells["excluded"].to_pylist())
-        counts.update(
-            done=1,
-            sites=frames["site"].nunique(),
-            frames=len(per_frame),
-            bad_frames=int(per_frame["bad"].sum()),
-            objects=int(np.sum(cells["n_frames"].to_numpy())),
-            tracks=len(cells),
-            clips=excluded.pop("", 0),
-        )
-        counts.update({f"excluded: {reason}": n for reason, n in excluded.items()})
+    """Count what the done units hold and what failed, so that a resumed run counts the same; only key columns are read.
+
+    Objects are counted twice, as they were found in the frames and as they were followed in tracks, and sites, tracks
+    and objects by what became of them: the sums must agree.
+    """
+    done = screen.done_units("segment") & set(inputs.wells)
+    failed = screen.failed_units("segment") & set(inputs.wells)
+    assert done | failed == set(inputs.wells), "every well is done or recorded as failed"
+    counts = Counter({"wells": len(inputs.wells), "done": len(done), "failed": len(failed - done)})
+    counts.update(dict.fromkeys(("sites", "sites done", "frames", "frames flagged"), 0))
+    counts.update(dict.fromkeys(("objects", "objects in clips", "tracks", "clips"), 0))
+    for well in sorted(done):
+        counts.update(_count_well(screen, well))
+    for well in sorted(failed):
+        for failure in screen.failures("segment", well):
+            if failure.unit == str(well):
+                counts[f"wells failed: {failure.kind}"] += 1
+            else:
+                counts.update({"sites": 1, f"sites failed: {failure.kind}": 1})
+
+    def total(*beginnings: str) -> int:
+        return sum(n for name, n in counts.items() if name.startswith(beginnings))
+
+    assert counts["sites"] == total("sites done", "sites flagged: ", "sites failed: "), "no site is lost"
+    assert counts["objects"] == total("objects in clips", "objects excluded: "), "no object is lost"
+    assert counts["tracks"] == total("clips", "tracks excluded: "), "no track is lost"
     return dict(counts)
+
+
+def _count_well(screen: Screen, well: WellKey) -> Counter[str]:
+    keys = ["plate", "well", "site", "frame"]
+    measures = open_table(screen.quality(well), QUALITY, [*keys, "flags", "bad", "n_nuclei", "site_flag"]).to_pandas()
+    cells = open_table(screen.cells(well), CELLS, ["n_frames", "excluded"]).to_pandas()
+    frames = measures.drop_duplicates(keys)
+    sites = frames.drop_duplicates("site")["site_flag"]
+    counts = Counter(
+        {
+            "sites": len(sites),
+            "frames": len(frames),
+            "frames flagged": int(frames["bad"].sum()),
+            "objects": int(frames["n_nuclei"].sum()),
+            "tracks": len(cells),
+        }
+    )
+    counts.update(f"sites flagged: {flag}" if flag else "sites done" for flag in sites)
+    counts.update(f"frames flagged: {flag}" for flag in flags_of_frames(measures)["flag"])
+    counts.update(f"tracks excluded: {reason}" if reason else "clips" for reason in cells["excluded"])
+    for reason, objects in cells.groupby("excluded")["n_frames"].sum().items():
+        counts[f"objects excluded: {reason}" if reason else "objects in clips"] += int(objects)
+    return counts

@@ -8,7 +8,7 @@ from storage_schemas.screen import STAGES, Screen
 
 
 def stage_table(screen: Screen) -> pd.DataFrame:
-    """A row a stage: its state, units done, failed and left, and the counts of what went in and out.
+    """A row a stage: its state, wells done and left, failures recorded (of wells or single sites), and its counts.
 
     Raises:
         SchemaError: if there is no screen.
@@ -19,9 +19,10 @@ def stage_table(screen: Screen) -> pd.DataFrame:
         record = manifest.stages.get(stage)
         done = failed = left = None
         if (stage == "segment" or stage == "embed") and record is not None:
-            done = len(screen.done_units(stage))
+            units = screen.done_units(stage)
+            done = len(units)
             failed = len(screen.failures(stage))
-            left = max(record.counts["wells"] - done - failed, 0)
+            left = max(record.counts["wells"] - len(units | screen.failed_units(stage)), 0)
         counts = {} if record is None else record.counts
         rows.append(
             {

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,7 +11,7 @@ import ray
 from pipelines.progress import progress
 from storage_schemas.errors import InputError
 from storage_schemas.keys import WellKey
-from storage_schemas.screen import Screen
+from storage_schemas.screen import Failure, Screen
 
 Counts = dict[str, int]
 
@@ -30,7 +28,8 @@ class Work:
     """How Ray is to run a stage's units.
 
     Attributes:
-        function: does one unit and returns counts; or a class of such, made once an actor.
+        function: does one unit; or a class of such, made once an actor. It commits the unit, having recorded what of
+            it failed, and returns the share that did; or it raises.
         arguments: of the class's constructor; empty for a function.
         num_cpus: that a task or actor asks for.
         num_gpus: likewise.
@@ -50,8 +49,8 @@ def run_units(
     units: Sequence[WellKey],
     work: Work,
     max_failed_share: float,
-) -> Counter[str]:
-    """Do all units that are not done yet.
+) -> None:
+    """Do all units that are not done yet, and again those of which a part has failed.
 
     A unit that raises is recorded in the screen's folder and the others go on; it is tried again by the next run.
 
@@ -60,35 +59,28 @@ def run_units(
         stage: which stage this is.
         units: all units of the stage.
         work: what to do with each.
-        max_failed_share: of ``units``.
-
-    Returns:
-        Sums of the counts that the units done now returned.
+        max_failed_share: of ``units``; one of which only a part fails counts by its share.
 
     Raises:
-        StageError: when more units have failed than allowed.
+        StageError: when more has failed than allowed.
     """
-    done = screen.done_units(stage)
+    done = screen.done_units(stage) - screen.failed_units(stage)
     left = [unit for unit in units if unit not in done]
-    for failure in screen.failures(stage):
-        # A run cut off between a unit's commit and this left a record that is no longer true.
-        if WellKey.parse(failure.unit) in done:
-            screen.clear_failure(stage, WellKey.parse(failure.unit))
-    totals: Counter[str] = Counter()
-    failed = 0
+    failed = 0.0
+    n_failed = 0
     with progress(stage, len(units), "wells") as advance:
         for _ in range(len(units) - len(left)):
             advance()
         for outcome in _outcomes(screen, stage, left, work):
-            totals.update(json.loads(outcome["counts"]))
-            failed += bool(outcome["error"])
-            advance(f"{failed} failed" if failed else "")
+            failed += outcome["failed_share"]
+            n_failed += outcome["failed_share"] > 0
+            advance(f"{n_failed} failed" if n_failed else "")
             if failed > max_failed_share * len(units):
+                last = screen.failures(stage, WellKey.parse(outcome["unit"]))[-1]
                 raise StageError(
-                    f"{stage}: {failed} of {len(units)} wells failed, more than max_failed_share={max_failed_share} "
-                    f"allows; the last: {outcome['unit']}: {outcome['error']}"
+                    f"{stage}: {n_failed} of {len(units)} wells failed, wholly or in part, more than "
+                    f"max_failed_share={max_failed_share} allows; the last: {last.unit}: {last.message}"
                 )
-    return totals
 
 
 def _outcomes(
@@ -117,19 +109,16 @@ class _Attempt:
 
     screen: Screen
     stage: Literal["segment", "embed"]
-    function: Callable[[WellKey], Counts]
+    function: Callable[[WellKey], float]
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         unit = WellKey.parse(row["unit"])
-        counts: Counts = {}
-        message = ""
         try:
-            counts = self.function(unit)
-            self.screen.clear_failure(self.stage, unit)
+            failed_share = self.function(unit)
         except Exception as error:  # whatever it is, it is recorded with its unit
-            self.screen.write_failure(self.stage, unit, error)
-            message = f"{type(error).__name__}: {error}"
-        return {"unit": row["unit"], "counts": json.dumps(counts), "error": message}
+            failed_share = 1.0
+            self.screen.write_failures(self.stage, unit, [Failure(str(unit), type(error).__name__, str(error))])
+        return {"unit": row["unit"], "failed_share": failed_share}
 
 
 class _Actor:
@@ -139,7 +128,7 @@ class _Actor:
         self,
         screen: Screen,
         stage: Literal["segment", "embed"],
-        factory: Callable[..., Callable[[WellKey], Counts]],
+        factory: Callable[..., Callable[[WellKey], float]],
         arguments: tuple[Any, ...],
     ) -> None:
         self._attempt = _Attempt(screen, stage, factory(*arguments))

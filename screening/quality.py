@@ -206,6 +206,16 @@ def flag(measures: pd.DataFrame, plate: PlateQuality, config: QualityConfig) -> 
     )
 
 
+def flags_of_frames(judged: pd.DataFrame) -> pd.DataFrame:
+    """A row a flag and frame that it holds of in one channel or another: plate, well, site, frame and flag.
+
+    Args:
+        judged: of :func:`flag`, of any number of sites, with their keys.
+    """
+    rows = judged.assign(flag=judged["flags"].str.split(", ")).explode("flag")
+    return rows.loc[rows["flag"] != "", ["plate", "well", "site", "frame", "flag"]].drop_duplicates(ignore_index=True)
+
+
 def _measure_plane(plane: npt.NDArray[Any], ceiling: float) -> tuple[float, ...]:
     """The measures of one plane, in the order of ``_MEASURES``."""
     saturated = np.count_nonzero(plane == ceiling) / plane.size if np.isfinite(ceiling) else 0.0

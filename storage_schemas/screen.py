@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -69,12 +69,12 @@ class Manifest(BaseModel):
 
 @dataclass(frozen=True)
 class Failure:
-    """A unit of work that failed.
+    """A unit of work, or a site of one, that failed.
 
     Attributes:
-        unit: which.
-        kind: name of the exception.
-        message: what it said.
+        unit: the key of the well or of the site.
+        kind: why, in a word or two to count by: the name of the exception where nothing better is known.
+        message: what was found and what was expected.
     """
 
     unit: str
@@ -88,7 +88,8 @@ class Screen:
 
     Attributes:
         url: where it lies.
-        segmented: another screen, whose segmented wells this one takes for its own and leaves untouched.
+        segmented: another screen, whose segmented wells this one takes for its own and leaves untouched; they are its
+            own ones, not borrowed in turn.
     """
 
     url: str
@@ -198,6 +199,11 @@ class Screen:
         """Whether a run has begun here."""
         return store.exists(self.manifest_url)
 
+    def foreign_names(self) -> list[str]:
+        """What a folder that is no screen holds; empty for a screen, and for a new folder."""
+        names = [name for name in store.list_names(self.url) if not name.startswith(".")]
+        return [] if not names or self.exists() else names
+
     def read_manifest(self) -> Manifest:
         """What the manifest says.
 
@@ -232,19 +238,29 @@ class Screen:
         return set(self._owner(stage)._listed("cells" if stage == "segment" else "embeddings", ".parquet"))
 
     def outputs(self, stage: Stage) -> list[str]:
-        """What tells one output of a stage from another of the same fingerprint: its units and their calibrations."""
+        """What tells one output of a stage from another of the same fingerprint.
+
+        That is its units; of `segment` also their cells, since a unit is done again when its sites have been mended,
+        and the plates' calibrations, which imported cells come without.
+        """
         if stage != "segment" and stage != "embed":
             return []
-        units = self.done_units(stage)
-        plates = sorted({unit.plate for unit in units}) if stage == "segment" else []
-        # Imported cells come without.
-        calibrations = [url for url in map(self.calibration, plates) if store.exists(url)]
-        digests = [hashlib.sha256(store.read_bytes(url)).hexdigest() for url in calibrations]
-        return [*map(str, sorted(units)), *digests]
+        units = sorted(self.done_units(stage))
+        if stage == "embed":
+            return [str(unit) for unit in units]
+        calibrations = [self.calibration(plate) for plate in sorted({unit.plate for unit in units})]
+        files = [*map(self.cells, units), *(url for url in calibrations if store.exists(url))]
+        digests = [hashlib.sha256(store.read_bytes(url)).hexdigest() for url in files]
+        return [*map(str, units), *digests]
 
     def remove_cells(self, plate: str) -> None:
         """Remove a plate's tables of cells, so that `segment` does its wells again."""
         store.remove(self._path("cells", plate))
+
+    def remove_unit(self, well: WellKey) -> None:
+        """Remove what `segment` has written of a well, the table that commits it first."""
+        for url in (self.cells(well), self.quality(well), self.clips(well)):
+            store.remove(url)
 
     def remove_stage(self, stage: Stage) -> None:
         """Remove everything that a stage has written, the tables that commit its units first."""
@@ -260,23 +276,27 @@ class Screen:
         for name in (*written[stage], f"failures/{stage}"):
             store.remove(self._path(name))
 
-    def write_failure(self, stage: Stage, well: WellKey, error: Exception) -> None:
-        """Record that a unit failed, and why."""
-        document = {"unit": str(well), "kind": type(error).__name__, "message": str(error)}
-        store.write_json(self._failure(stage, well), document)
+    def write_failures(self, stage: Stage, well: WellKey, failures: Sequence[Failure]) -> None:
+        """Replace what is recorded of a unit's failures: its own, or those of its sites; none if all is well.
 
-    def clear_failure(self, stage: Stage, well: WellKey) -> None:
-        """Forget a unit's failure: it has been done after all."""
-        store.remove(self._failure(stage, well))
+        Written before the table that commits a unit, it is true of every committed unit, whenever a run was cut off.
+        """
+        if failures:
+            store.write_json(self._failures(stage, well), [asdict(failure) for failure in failures])
+        else:
+            store.remove(self._failures(stage, well))
 
-    def failures(self, stage: Stage) -> list[Failure]:
-        """All recorded failures of a stage, in order of their units."""
-        return [
-            Failure(**store.read_json(self._failure(stage, well)))
-            for well in sorted(self._owner(stage)._listed(f"failures/{stage}", ".json"))
-        ]
+    def failures(self, stage: Stage, well: WellKey | None = None) -> list[Failure]:
+        """Recorded failures of a stage, in order of their units; of one unit, if it is given."""
+        units = sorted(self.failed_units(stage)) if well is None else [well]
+        urls = [self._failures(stage, unit) for unit in units]
+        return [Failure(**record) for url in urls if store.exists(url) for record in store.read_json(url)]
 
-    def _failure(self, stage: str, well: WellKey) -> str:
+    def failed_units(self, stage: Stage) -> set[WellKey]:
+        """Wells that have failed, wholly or with some of their sites."""
+        return set(self._owner(stage)._listed(f"failures/{stage}", ".json"))
+
+    def _failures(self, stage: str, well: WellKey) -> str:
         return self._owner(stage)._path("failures", stage, well.plate, f"{well.well}.json")
 
     def _listed(self, folder: str, suffix: str) -> Iterable[WellKey]:

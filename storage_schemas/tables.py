@@ -92,18 +92,23 @@ CELLS = TableForm(
 
 QUALITY = TableForm(
     "quality",
-    1,
+    2,
     pa.schema(
         [
             *_KEYS,
             ("site", pa.string()),
             ("frame", pa.int32()),
             ("channel", pa.string()),
-            ("focus", pa.float32()),
-            ("saturated", pa.float32()),  # share of pixels at the top of the range
-            ("mean", pa.float32()),
+            ("focus", pa.float32()),  # null for a plane that is constant or all noise
+            ("saturated", pa.float32()),  # share of pixels at the camera's ceiling
+            ("glare", pa.float32()),  # how far the brightest 0.5 % are above the median, camera units
+            ("mean", pa.float32()),  # camera units, like sd
             ("sd", pa.float32()),
-            ("bad", pa.bool_()),  # the whole frame is soft, empty or saturated
+            ("not_finite", pa.float32()),  # share of pixels
+            ("flags", pa.string()),  # why the channel makes its frame bad, joined by ", "; empty where it does not
+            ("bad", pa.bool_()),  # the whole frame, for one channel or another
+            ("n_nuclei", pa.int32()),  # objects found in the frame, the same in each of its channels
+            ("site_flag", pa.string()),  # why the whole site gives no clips; empty if it is not for its images
         ]
     ),
 )
@@ -405,7 +410,7 @@ def _read_xlsx(url: str, data: bytes, sheet: str | None) -> pd.DataFrame:
     with pd.ExcelFile(io.BytesIO(data), engine="openpyxl") as book:
         if sheet is not None and sheet not in book.sheet_names:
             raise SchemaError(url, f"has no sheet {sheet!r}; its sheets are {book.sheet_names}")
-        return book.parse(sheet or 0, header=None, dtype=str, keep_default_na=False)
+        return pd.read_excel(book, sheet_name=sheet or 0, header=None, dtype=str, keep_default_na=False)
 
 
 def _read_parquet(url: str, data: bytes) -> pd.DataFrame:
