@@ -1,28 +1,32 @@
-"""`screening ingest`: folders of TIFF images to an OME-Zarr plate."""
+"""`screening ingest`: folders of TIFF images to an OME-Zarr plate, wells in parallel on Ray."""
 
 from __future__ import annotations
 
-import io
-import logging
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
 
-import numpy as np
 import pandas as pd
-import tifffile
-from numpy.typing import NDArray
+import ray
 
 from pipelines.progress import console, progress
-from screening.layouts import PatternLayout, missing_planes, natural, parse
+from pipelines.tiff import PlaneFile, SiteFiles, ZAxis, plane_info
+from screening.layouts import Channel, Grid, ImageXpressLayout, Layout, Metadata, Planes, grid, missing_planes, natural
+from screening.layouts import read as read_layout
+from screening.layouts.imagexpress import ImageHeader, with_headers
 from storage_schemas import plate as plates
 from storage_schemas import store
 from storage_schemas.errors import InputError, SchemaError
+from storage_schemas.ingest import IngestRecord, WellRecord, read_record
+from storage_schemas.keys import check_name
+from storage_schemas.missing import MISSING, PLANE, ZEROS, read_missing, write_missing
+from storage_schemas.screen import fingerprint
 
 _SUFFIXES = (".tif", ".tiff")
+_SHOWN = 5  # of what is listed in full elsewhere
 
 
 @dataclass(frozen=True)
@@ -33,208 +37,418 @@ class IngestOptions:
         layout: how their names are read.
         axes: of one file, a permutation of a subset of ``TCZYX`` ending in ``YX``.
         name: of the plate; by default the folder's.
-        channels: names for the channels, in the natural order of what the file names call them (or of the axis C).
-        pixel_size: micrometres.
-        time_step: seconds.
+        channels: names for the channels, in the natural order of what the file names call them (or of the axis C);
+            by default those of the instrument's metadata.
+        pixel_size: micrometres; by default the metadata's.
+        time_step: seconds; by default the metadata's.
         overwrite: replace wells that the plate has already.
-        projection: of z.
+        z: how z is projected, or ``none`` to keep it.
+        allow_missing: go on where planes of a pattern's plate are missing, as is done for instruments' layouts.
     """
 
-    layout: PatternLayout
+    layout: Layout
     axes: str = "YX"
     name: str | None = None
     channels: tuple[str, ...] = ()
     pixel_size: float | None = None
     time_step: float | None = None
     overwrite: bool = False
-    projection: plates.Projection = "max"
+    z: ZAxis = "max"
+    allow_missing: bool = False
 
 
-def ingest(source: str, plate_url: str, options: IngestOptions) -> list[str]:
+@dataclass(frozen=True)
+class Ingested:
+    """What an ingest came to.
+
+    Attributes:
+        plate_url: the plate.
+        name: its name.
+        files: image files that each well is made of.
+        kept: wells that were there already, of the same files.
+        failed: what went wrong with each well that could not be written.
+        sites: how many sites were written of each (shape, channels).
+        left_out: see :class:`screening.layouts.Planes`.
+        missing: see :func:`screening.layouts.missing_planes`.
+        plate_map: where a plate map was written, or None.
+    """
+
+    plate_url: str
+    name: str
+    files: dict[str, int]
+    kept: tuple[str, ...]
+    failed: dict[str, str]
+    sites: Counter[tuple[tuple[int, ...], tuple[str, ...]]]
+    left_out: pd.DataFrame
+    missing: pd.DataFrame
+    plate_map: str | None
+
+
+def ingest(source: str, plate_url: str, options: IngestOptions) -> Ingested:
     """Write the images of a folder as wells of a plate, adding to a plate that is there.
+
+    Wells are written side by side by Ray, which must be running. A well whose files cannot be read is recorded in the
+    plate and the others go on; wells that are there already, of the same files, are kept. Nothing of a well is read
+    before its turn, but for headers that say pixel size and time.
 
     Args:
         source: folder (searched through its sub-folders) or one file, local or a URL.
         plate_url: the plate, new or with other wells.
         options: how.
 
-    Returns:
-        The wells written.
-
     Raises:
-        InputError: if names, axes, shapes or channels do not fit, planes are missing, or a well is there already.
+        InputError: before anything is written, if names, axes or channels do not fit, planes of a pattern's plate are
+            missing, or a well is there already of other files; or if no well could be written.
     """
-    if not _usable(options.axes.upper()):
-        raise InputError(f"--axes {options.axes!r}: expected a subset of T, C, Z and, last, YX")
+    options = _checked(options)
     source, plate_url = store.absolute(source), store.absolute(plate_url)
-    files = _files(source)
-    planes = parse(files, options.layout)
-    if planes.ignored:
-        shown = ", ".join(planes.ignored[:3])
-        console.print(
-            f"note: {len(planes.ignored)} file(s) do not match the pattern and are left out: {shown}",
-            soft_wrap=True,
+    files, planes = _read_source(source, options)
+    missing = missing_planes(planes, keep_z=options.z == "none")
+    if options.layout.method == "pattern" and not options.allow_missing:
+        _refuse_missing(missing)
+    jobs = _jobs(plate_url, files, planes, options)
+    writer = _Writer.open(plate_url, options.name, jobs, overwrite=options.overwrite)
+    _write_missing(plate_url, planes, missing)
+    sites = writer.write()
+    if not writer.named:
+        well, why = next(iter(writer.failed.items()))
+        raise InputError(f"none of {len(jobs)} well(s) could be written; {well}: {why}")
+    return Ingested(
+        plate_url,
+        writer.name,
+        {job.well: len(job.files) for job in jobs if job.well in writer.named},
+        tuple(job.well for job in jobs if job.well in writer.kept),
+        writer.failed,
+        sites,
+        planes.left_out,
+        missing,
+        _write_plate_map(plate_url, writer, planes.plate_map),
+    )
+
+
+def describe(done: Ingested) -> Iterator[str]:
+    """Lines that say what an ingest came to."""
+    counts = sorted(set(done.files.values()))
+    each = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    kept = f", {len(done.kept)} of them there already" if done.kept else ""
+    yield f"plate {done.name}: {len(done.files)} well(s){kept}, {each} image file(s) a well"
+    for (shape, channels), count in done.sites.items():
+        axes = "(T, C, H, W)" if len(shape) == 4 else "(T, C, Z, H, W)"
+        yield f"  {count} site(s) written of {axes} = {shape}, channels {list(channels)}"
+    for reason, count in done.left_out["reason"].value_counts().items():
+        yield f"  {count} file(s) left out: {reason}"
+    if not done.missing.empty:
+        promised = int(done.missing["promised"].sum())
+        zeros = int((done.missing["written"] == ZEROS).sum())
+        yield (
+            f"  {len(done.missing)} plane(s) are missing, {promised} of them promised by the metadata; {zeros} are "
+            f"zeros in the plate: {_shown(done.missing)}; all in {store.join(done.plate_url, MISSING)}"
         )
-    _refuse_missing(planes.table)
-    existing, name = _existing(plate_url, options.name)
-    wells = list(dict.fromkeys(planes.table["well"]))
-    again = sorted(set(wells) & set(existing))
-    if again and not options.overwrite:
-        raise InputError(f"{plate_url}: has the well(s) {again[:5]} already; give --overwrite to replace them")
-    with progress("ingest", len(wells), "wells") as advance:
-        for well, of_well in planes.table.groupby("well", sort=False):
-            sites = {
-                str(site): _read_site(files, of_site, options) for site, of_site in of_well.groupby("site", sort=False)
-            }
-            names = _channel_names(of_well, next(iter(sites.values())), options)
-            if well in existing:
-                # No longer named while it is written, so that a plate never has half a well.
-                existing.remove(str(well))
-                plates.list_wells(plate_url, name, existing)
-            plates.create_well(
-                plate_url,
-                str(well),
-                sites,
-                names,
-                pixel_size=options.pixel_size,
-                time_step=options.time_step,
+    if done.plate_map is not None:
+        yield f"  plate map: {done.plate_map}"
+    for well, why in done.failed.items():
+        yield f"  failed: {well}: {why}"
+
+
+@dataclass(frozen=True)
+class _How:
+    """How the wells of a plate are written, alike for all."""
+
+    grid: Grid
+    axes: str
+    z: ZAxis
+    channels: tuple[str, ...]  # empty where files hold several and none are named
+    colors: tuple[str | None, ...]
+    pixel_size: float | None
+    time_step: float | None
+    z_step: float | None
+
+
+@dataclass(frozen=True)
+class _WellJob:
+    """A well to be written: everything that a worker needs."""
+
+    plate_url: str
+    well: str
+    files: tuple[tuple[str, PlaneFile], ...]  # (site, file)
+    how: _How
+    fingerprint: str
+
+    def write(self) -> list[tuple[tuple[int, ...], tuple[str, ...]]]:
+        """Write the well; (shape, channels) of each site."""
+        by_site: dict[str, list[PlaneFile]] = {}
+        for site, file in self.files:
+            by_site.setdefault(site, []).append(file)
+        how = self.how
+        sites = {site: SiteFiles(files, how.grid, how.axes, how.z) for site, files in by_site.items()}
+        count = next(iter(sites.values())).shape[1]
+        channels = how.channels or tuple(str(number) for number in range(count))
+        plates.create_well(
+            self.plate_url,
+            self.well,
+            sites,
+            channels,
+            colors=how.colors or None,
+            pixel_size=how.pixel_size,
+            time_step=how.time_step,
+            z_step=how.z_step,
+        )
+        return [(site.shape, channels) for site in sites.values()]
+
+
+class _Writer:
+    """Writes wells and names them in the plate as they finish, so that it never names half a well."""
+
+    def __init__(self, plate_url: str, name: str, named: set[str], record: IngestRecord, jobs: list[_WellJob]) -> None:
+        self._url, self.name, self.named, self._jobs = plate_url, name, named, jobs
+        self._records = dict(record.wells)
+        self._failed = dict(record.failed)
+        self.kept: set[str] = set()
+
+    @classmethod
+    def open(cls, plate_url: str, name: str | None, jobs: list[_WellJob], *, overwrite: bool) -> _Writer:
+        named, known, record = _existing(plate_url, name)
+        writer = cls(plate_url, known, named, record, jobs)
+        if overwrite:
+            return writer
+        of_others = []
+        for job in jobs:
+            if job.well not in named:
+                continue
+            written = record.wells.get(job.well)
+            if written is not None and written.fingerprint == job.fingerprint:
+                writer.kept.add(job.well)
+            else:
+                of_others.append(job.well)
+        if of_others:
+            raise InputError(
+                f"{plate_url}: has the well(s) {of_others[:_SHOWN]} already, written from other files or in another "
+                "way; give --overwrite to replace them"
             )
-            # Named at once, so that what is written is in the plate even if the next file is unreadable.
-            existing = sorted({*existing, str(well)})
-            plates.list_wells(plate_url, name, existing)
-            advance(str(well))
-    return wells
+        return writer
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """Of these jobs."""
+        return {job.well: self._failed[job.well] for job in self._jobs if job.well in self._failed}
+
+    def write(self) -> Counter[tuple[tuple[int, ...], tuple[str, ...]]]:
+        sites: Counter[tuple[tuple[int, ...], tuple[str, ...]]] = Counter()
+        task = ray.remote(num_cpus=1, max_retries=0)(_attempt)
+        # Enough that no CPU waits; no more, since a well to be replaced is missed from the moment it is handed out.
+        at_once = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+        waiting = iter([job for job in self._jobs if job.well not in self.kept])
+        running: dict[ray.ObjectRef, _WellJob] = {}
+        with progress("ingest", len(self._jobs), "wells") as advance:
+            for _ in self.kept:
+                advance()
+            while True:
+                for job in islice(waiting, at_once - len(running)):
+                    self._unname(job.well)
+                    running[task.remote(job)] = job
+                if not running:
+                    return sites
+                (finished,), _ = ray.wait(list(running), num_returns=1)
+                job = running.pop(finished)
+                try:
+                    outcome = ray.get(finished)
+                except ray.exceptions.RayError as error:
+                    outcome = f"its worker was lost: {str(error).splitlines()[0]}"
+                if isinstance(outcome, str):
+                    self._failed[job.well] = outcome
+                else:
+                    self._failed.pop(job.well, None)
+                    self._records[job.well] = WellRecord(fingerprint=job.fingerprint, planes=len(job.files))
+                    self.named.add(job.well)
+                    sites.update(outcome)
+                self._commit()
+                n_failed = len(self.failed)
+                advance(f"{n_failed} failed" if n_failed else job.well)
+
+    def _unname(self, well: str) -> None:
+        if well in self.named:
+            self.named.remove(well)
+            self._records.pop(well, None)
+            self._commit()
+
+    def _commit(self) -> None:
+        record = IngestRecord(wells=self._records, failed=self._failed)
+        plates.list_wells(self._url, self.name, sorted(self.named), record.model_dump())
 
 
-def _files(source: str) -> dict[str, str]:
-    """Path below the source folder -> URL, of all TIFF files, in natural order."""
+def _attempt(job: _WellJob) -> list[tuple[tuple[int, ...], tuple[str, ...]]] | str:
+    """Write a well; what it raises becomes a message, so that one bad well costs one well."""
+    try:
+        return job.write()
+    except InputError as error:
+        return str(error)
+    except Exception as error:  # whatever it is, it is recorded with its well
+        return f"{type(error).__name__}: {error}"
+
+
+def _checked(options: IngestOptions) -> IngestOptions:
+    axes = options.axes.upper()
+    if not (axes.endswith("YX") and len(set(axes)) == len(axes) and set(axes) <= set("TCZYX")):
+        raise InputError(f"--axes {options.axes!r}: expected a subset of T, C, Z and, last, YX")
+    return IngestOptions(**{**vars(options), "axes": axes})
+
+
+def _read_source(source: str, options: IngestOptions) -> tuple[dict[str, tuple[str, int]], Planes]:
+    """Image files (path below the source -> URL, bytes), and the planes that their names and metadata say."""
+    found = _files(source)
+    images = {name: found[name] for name in found if name.lower().endswith(_SUFFIXES)}
+    documents = {name: store.read_bytes(found[name][0]) for name in options.layout.documents(found)}
+    if not images and not documents:
+        raise InputError(f"{source}: holds no {' or '.join(_SUFFIXES)} files")
+    try:
+        planes = read_layout(options.layout, list(images), documents)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
+    if planes.ignored:
+        console.print(
+            f"note: {len(planes.ignored)} file(s) are not named as --layout {options.layout.method} says and are left "
+            f"out: {', '.join(planes.ignored[:_SHOWN])}",
+            soft_wrap=True,
+            markup=False,
+        )
+    return images, planes
+
+
+def _files(source: str) -> dict[str, tuple[str, int]]:
+    """Path below the source folder -> URL and bytes, of all files, in natural order; by one listing."""
     fs, path = store.filesystem(source)
     if not fs.exists(path):
         raise InputError(f"{source}: no such file or folder")
     if fs.isfile(path):
-        return {os.path.basename(path): source}
+        return {os.path.basename(path): (source, fs.size(path))}
     found = {}
-    for entry in fs.find(path):
+    for entry, info in fs.find(path, detail=True).items():
         below = entry[len(path) :].lstrip("/")
-        if below.lower().endswith(_SUFFIXES):
-            found[below] = store.join(source, below)
-    if not found:
-        raise InputError(f"{source}: holds no {' or '.join(_SUFFIXES)} files")
+        found[below] = (store.join(source, below), int(info.get("size") or 0))
     return {below: found[below] for below in sorted(found, key=natural)}
 
 
-def _refuse_missing(table: pd.DataFrame) -> None:
-    missing = missing_planes(table)
-    if missing.empty:
-        return
-    shown = "; ".join(
-        ", ".join(f"{column} {value}" for column, value in row.items()) for row in missing.head(5).to_dict("records")
-    )
-    raise InputError(
-        f"{len(missing)} plane(s) that a complete plate would have are not there: {shown}; add the files, or make the "
-        "pattern match whole sites only"
-    )
+def _refuse_missing(missing: pd.DataFrame) -> None:
+    if not missing.empty:
+        raise InputError(
+            f"{len(missing)} plane(s) that a complete plate would have are not there: {_shown(missing)}; add the "
+            "files, make the pattern match whole sites only, or go on with zeros in their place (--allow-missing)"
+        )
 
 
-def _existing(plate_url: str, name: str | None) -> tuple[list[str], str]:
-    default = store.parent(plate_url + "/x").rpartition("/")[2].removesuffix(".zarr")
+def _shown(missing: pd.DataFrame) -> str:
+    rows = missing[PLANE].head(_SHOWN).to_dict("records")
+    more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+    return "; ".join(", ".join(f"{column} {value}" for column, value in row.items()) for row in rows) + more
+
+
+def _jobs(plate_url: str, files: dict[str, tuple[str, int]], planes: Planes, options: IngestOptions) -> list[_WellJob]:
+    metadata = planes.metadata
+    if isinstance(options.layout, ImageXpressLayout):
+        metadata = with_headers(metadata, _headers(files, planes.table))
+    of_plate = grid(planes)
+    channels, colors = _channels(of_plate, metadata, options)
+    how = _How(
+        of_plate,
+        options.axes,
+        options.z,
+        channels,
+        colors,
+        options.pixel_size or metadata.pixel_size,
+        options.time_step or metadata.time_step,
+        metadata.z_step,
+    )
+    jobs = []
+    for well, of_well in planes.table.groupby("well", sort=False):
+        rows = list(of_well[["path", "site", "time", "channel", "z"]].itertuples(index=False, name=None))
+        sizes = [files[path][1] for path, *_ in rows]
+        jobs.append(
+            _WellJob(
+                plate_url=plate_url,
+                well=str(well),
+                files=tuple((site, PlaneFile(files[path][0], *plane)) for path, site, *plane in rows),
+                how=how,
+                fingerprint=fingerprint(repr(how), rows, sizes),
+            )
+        )
+    return jobs
+
+
+def _channels(
+    of_plate: Grid, metadata: Metadata, options: IngestOptions
+) -> tuple[tuple[str, ...], tuple[str | None, ...]]:
+    """Names and colours of the channels; no names where the number of channels is in the files and none are given."""
+    known = [metadata.channels.get(channel, Channel(channel)) for channel in of_plate.channels]
+    names = [channel.name for channel in known]
+    if options.channels:
+        if "C" not in options.axes and len(options.channels) != len(names):
+            raise InputError(
+                f"there are {len(names)} channels ({names}), {len(options.channels)} names were given: "
+                f"{list(options.channels)}"
+            )
+        return options.channels, () if "C" in options.axes else tuple(channel.color for channel in known)
+    if "C" in options.axes:
+        return (), ()
+    # Two channels may be called alike, as of two exposures of one dye.
+    unique = tuple(
+        name if names.count(name) == 1 else f"{name} ({channel})"
+        for name, channel in zip(names, of_plate.channels, strict=True)
+    )
+    return unique, tuple(channel.color for channel in known)
+
+
+def _headers(
+    files: dict[str, tuple[str, int]], table: pd.DataFrame
+) -> dict[tuple[str, str, int, str, int], ImageHeader]:
+    """What a few images say of themselves: of one site, one of each channel, the next time and the next z plane."""
+    for _, of_site in table.groupby(["well", "site"], sort=False):
+        first = of_site.iloc[0]
+        channels = of_site.drop_duplicates("channel")
+        of_channel = of_site[of_site["channel"] == first["channel"]]
+        later = of_channel[(of_channel["time"] > first["time"]) & (of_channel["z"] == first["z"])].head(1)
+        above = of_channel[(of_channel["time"] == first["time"]) & (of_channel["z"] > first["z"])].head(1)
+        headers = {}
+        for path, *plane in pd.concat([channels, later, above])[["path", *PLANE]].itertuples(index=False, name=None):
+            try:
+                well, site, time, channel, z = plane
+                headers[well, site, time, channel, z] = ImageHeader.read(plane_info(files[path][0]))
+            except SchemaError:
+                continue  # its well will fail and say why
+        if headers:
+            return headers
+    return {}
+
+
+def _existing(plate_url: str, name: str | None) -> tuple[set[str], str, IngestRecord]:
+    """Wells that a plate has, its name and its record."""
+    default = store.parent(plate_url + "/x").rpartition("/")[2].removesuffix(".zarr").removesuffix(".ome")
     names = store.list_names(plate_url)
     if ".zattrs" in names or ".zgroup" in names:
         raise InputError(f"{plate_url}: is OME-Zarr 0.4, which is read but not added to; ingest into a new plate")
-    if all(re.fullmatch("[A-Z]{1,2}", entry) for entry in names):
+    if all(entry == MISSING or re.fullmatch("[A-Z]{1,2}", entry) for entry in names):
         # New, or rows that an interrupted ingest left without naming a well: those are written again.
-        return [], name or default.removesuffix(".ome")
+        return set(), check_name(name or default, "plate"), IngestRecord()
     plate = plates.open_plate(plate_url)
     if name is not None and name != plate.name:
         raise InputError(f"{plate_url}: is called {plate.name!r}, not {name!r}")
-    return list(plate.well_paths), plate.name
+    return set(plate.well_paths), plate.name, read_record(plate_url)
 
 
-def _read_site(files: dict[str, str], table: pd.DataFrame, options: IngestOptions) -> NDArray[Any]:
-    """All planes of a site as (T, C, H, W)."""
-    frames = []
-    for _, of_time in table.groupby("time", sort=True):
-        channels = []
-        for channel in sorted(of_time["channel"].unique(), key=natural):
-            of_channel = of_time[of_time["channel"] == channel].sort_values("z")
-            stack = [_read_file(files[path], options) for path in of_channel["path"]]
-            channels.append(_join(stack, of_channel["path"], axis=2))
-        frames.append(_join(channels, of_time["path"], axis=1))
-    site = _join(frames, table["path"], axis=0)
-    return site.max(axis=2) if options.projection == "max" else site.mean(axis=2, dtype="f4")
+def _write_missing(plate_url: str, planes: Planes, missing: pd.DataFrame) -> None:
+    """Replace what the plate lists of these wells, and leave other wells' rows."""
+    known = read_missing(plate_url)
+    of_source: Iterable[str] = {*planes.table["well"], *planes.promised["well"]}
+    kept = known[~known["well"].isin(of_source)]
+    listed = pd.concat([kept, missing], ignore_index=True)
+    if not listed.equals(known):
+        write_missing(plate_url, listed)
 
 
-def _join(blocks: list[NDArray[Any]], paths: pd.Series[str], axis: int) -> NDArray[Any]:
-    shapes = {(block.shape[3:], block.dtype.name) for block in blocks}
-    if len(shapes) > 1:
-        raise InputError(f"{paths.iloc[0]} and the files of the same site differ in size or type: {sorted(shapes)}")
-    return np.concatenate(blocks, axis=axis)
-
-
-def _read_file(url: str, options: IngestOptions) -> NDArray[Any]:
-    """One TIFF file as (T, C, Z, H, W)."""
-    axes = options.axes.upper()
-    data = store.read_bytes(url)
-    try:
-        with _logged_errors() as errors:
-            image = tifffile.imread(io.BytesIO(data))
-    except Exception as error:  # tifffile and its codecs have errors of their own
-        raise SchemaError(url, f"is not a readable TIFF image ({error})") from error
-    if errors and axes != "YX":
-        raise SchemaError(url, f"is a damaged stack, pages may be missing ({errors[0]})")
-    if image.ndim != len(axes):
-        # Writers differ in whether they keep axes of length 1.
-        image = np.squeeze(image)
-        if image.ndim == 2:
-            image = image.reshape((1,) * (len(axes) - 2) + image.shape)
-    if image.ndim != len(axes):
-        raise SchemaError(url, f"has the shape {image.shape}, --axes {axes} says {len(axes)} dimensions")
-    order = [axis for axis in "TCZYX" if axis in axes]
-    image = image.transpose([axes.index(axis) for axis in order])
-    for position, axis in enumerate("TCZ"):
-        if axis not in axes:
-            image = np.expand_dims(image, position)
-    return image
-
-
-@contextmanager
-def _logged_errors() -> Iterator[list[str]]:
-    """Collect the errors that tifffile logs: of pages that it cannot read and leaves out it says nothing else."""
-    errors: list[str] = []
-
-    def collect(record: logging.LogRecord) -> bool:
-        if record.levelno >= logging.ERROR:
-            errors.append(record.getMessage())
-        return False
-
-    logger = logging.getLogger("tifffile")
-    logger.addFilter(collect)
-    try:
-        yield errors
-    finally:
-        logger.removeFilter(collect)
-
-
-def _usable(axes: str) -> bool:
-    return axes.endswith("YX") and len(set(axes)) == len(axes) and set(axes) <= set("TCZYX")
-
-
-def _channel_names(table: pd.DataFrame, site: NDArray[Any], options: IngestOptions) -> tuple[str, ...]:
-    found = sorted(table["channel"].unique(), key=natural)
-    names = options.channels or tuple(found)
-    count = site.shape[1]
-    if not options.channels and count != len(found):
-        names = tuple(str(number) for number in range(count))
-    if len(names) != count:
-        raise InputError(f"there are {count} channels ({found}), {len(names)} names were given: {names}")
-    return names
-
-
-def describe(plate_url: str) -> Iterator[str]:
-    """Lines that say what a plate holds."""
-    plate = plates.open_plate(store.absolute(plate_url))
-    yield f"plate {plate.name}: {len(plate.well_paths)} well(s)"
-    for well in plate.well_paths:
-        for name, url in plate.sites(well).items():
-            image = plates.open_site(url)
-            yield f"  {well} site {name}: (T, C, H, W) = {image.shape}, channels {list(image.channels)}"
+def _write_plate_map(plate_url: str, writer: _Writer, plate_map: pd.DataFrame | None) -> str | None:
+    """Write which compound stands in which well beside the plate, of the wells that it has."""
+    if plate_map is None:
+        return None
+    url = f"{plate_url.rstrip('/').removesuffix('.zarr').removesuffix('.ome')}.plate_map.csv"
+    rows = plate_map[plate_map["well"].isin(writer.named)]
+    store.write_bytes(url, rows.assign(plate=writer.name)[["plate", *plate_map.columns]].to_csv(index=False).encode())
+    return url

@@ -49,6 +49,24 @@ class Format(StrEnum):
     csv = "csv"
 
 
+class LayoutName(StrEnum):
+    """How images are named."""
+
+    pattern = "pattern"
+    imagexpress = "imagexpress"
+    cv8000 = "cv8000"
+    phenix = "phenix"
+    mitoreid = "mitoreid"
+
+
+class ZName(StrEnum):
+    """How z is projected."""
+
+    max = "max"
+    mean = "mean"
+    none = "none"
+
+
 class LevelName(StrEnum):
     """What is compared."""
 
@@ -132,46 +150,118 @@ def simulate(
 def ingest(
     source: Annotated[str, typer.Argument(help="Folder of TIFF files, or one file.", show_default=False)],
     plate: Annotated[str, typer.Argument(help="The OME-Zarr plate to write or to add wells to.", show_default=False)],
+    layout: Annotated[LayoutName, typer.Option(help="How the images are named.")] = LayoutName.pattern,
     pattern: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="Regular expression searched for in each path below SOURCE, with named groups: well, or row and "
-            "column; and any of site, time, channel, z.",
+            "column; and any of site, time, channel, z. (pattern)",
         ),
-    ] = ".*",
-    well: Annotated[str | None, typer.Option(help="The well of all files, where names do not say it.")] = None,
-    site: Annotated[str, typer.Option(help="The site of files whose names do not say it.")] = "0",
-    channel: Annotated[str, typer.Option(help="The channel of files whose names do not say it.")] = "0",
+    ] = None,
+    well: Annotated[
+        str | None, typer.Option(help="The well of all files, where names do not say it. (pattern)")
+    ] = None,
+    site: Annotated[str | None, typer.Option(help="The site of files whose names do not say it. (pattern)")] = None,
+    channel: Annotated[
+        str | None, typer.Option(help="The channel of files whose names do not say it. (pattern)")
+    ] = None,
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="Go on where planes are missing, with zeros. (pattern)")
+    ] = False,
     axes: Annotated[str, typer.Option(help="Axes of one file, out of TCZYX.")] = "YX",
     channel_names: Annotated[
         str | None, typer.Option(help="Names for the channels, with commas, in the order of the files' own.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the plate; by default that of its folder.")] = None,
-    projection: Annotated[str, typer.Option(help="How z is projected: max or mean.")] = "max",
-    pixel_size: Annotated[float | None, typer.Option(help="Micrometres.")] = None,
-    time_step: Annotated[float | None, typer.Option(help="Seconds between frames.")] = None,
+    z: Annotated[ZName, typer.Option(help="How z is projected; none keeps it.")] = ZName.max,
+    pixel_size: Annotated[float | None, typer.Option(help="Micrometres; by default as the metadata says.")] = None,
+    time_step: Annotated[float | None, typer.Option(help="Seconds; by default as the metadata says.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace wells that are there.")] = False,
+    cpus: Annotated[int | None, typer.Option(min=1, help="CPUs to use; all by default.")] = None,
 ) -> None:
-    """Write TIFF images as wells of an OME-Zarr plate."""
+    """Write TIFF images as wells of an OME-Zarr plate.
+
+    Wells that are there already, of the same files, are kept, so that an interrupted ingest goes on.
+    """
+    from pydantic import TypeAdapter
+
+    from pipelines.cluster import cluster
+    from pipelines.config import ResourcesConfig
     from pipelines.ingest import IngestOptions, describe
     from pipelines.ingest import ingest as write
-    from screening.layouts import PatternLayout
+    from screening.layouts import Layout
 
-    if projection not in ("max", "mean"):
-        raise typer.BadParameter(f"{projection!r} is neither max nor mean", param_hint="--projection")
+    given = {"pattern": pattern, "well": well, "site": site, "channel": channel}
+    settings = {name: value for name, value in given.items() if value is not None}
+    if layout is LayoutName.pattern:
+        settings.setdefault("pattern", ".*")
+    elif settings or allow_missing:
+        raise typer.BadParameter(
+            f"{', '.join([f'--{name}' for name in settings] or ['--allow-missing'])} is for --layout pattern",
+            param_hint="--layout",
+        )
     options = IngestOptions(
-        layout=PatternLayout(pattern=pattern, well=well, site=site, channel=channel),
+        layout=TypeAdapter(Layout).validate_python({"method": layout.value, **settings}),
         axes=axes,
         name=name,
         channels=tuple(channel_names.split(",")) if channel_names else (),
         pixel_size=pixel_size,
         time_step=time_step,
         overwrite=overwrite,
-        projection="max" if projection == "max" else "mean",
+        z=z.value,
+        allow_missing=allow_missing,
     )
-    write(source, plate, options)
-    for line in describe(plate):
+    with cluster(ResourcesConfig(cpus=cpus)):
+        done = write(source, plate, options)
+    for line in describe(done):
         typer.echo(line)
+    if done.failed:
+        raise typer.Exit(Exit.SOME_FAILED)
+
+
+@app.command("import-cells")
+def import_cells(
+    source: Annotated[str, typer.Argument(help="Folder that holds l1, l2 and l3.", show_default=False)],
+    screen: Annotated[str, typer.Argument(help="Folder or URL of the screen to write.", show_default=False)],
+    annotation: Annotated[
+        str | None, typer.Option(help="The workbook of drugs; by default annotation.xlsx in SOURCE.")
+    ] = None,
+    parts: Annotated[
+        str, typer.Option(help="Which of train, query, gallery, nc and novel, with commas.")
+    ] = "train,query,gallery,nc",
+    moas: Annotated[
+        str, typer.Option(help="chosen: MOAs of the drugs whose moa_choose is 1; all: of all whose MOA is known.")
+    ] = "chosen",
+    size: Annotated[int, typer.Option(min=8, help="Side of a clip, px.")] = 128,
+    frames: Annotated[int, typer.Option(min=1, help="Frames of a clip.")] = 16,
+    update: Annotated[
+        bool, typer.Option("--update", help="Accept that SCREEN holds another import; do again what has changed.")
+    ] = False,
+    cpus: Annotated[int | None, typer.Option(min=1, help="CPUs to use; all by default.")] = None,
+) -> None:
+    """Write MitoReID's single-cell images as the cells of a screen, to train on without plates (inputs.cells)."""
+    from pydantic import ValidationError
+
+    from pipelines.cluster import cluster
+    from pipelines.config import ConfigError, ResourcesConfig
+    from pipelines.import_cells import ImportConfig
+    from pipelines.import_cells import import_cells as bring_in
+
+    try:
+        options = {"parts": parts.split(","), "moas": moas, "size": size, "frames": frames}
+        config = ImportConfig.model_validate(options)
+    except ValidationError as error:
+        problems = "; ".join(f"{entry['loc'][0]}: {entry['msg']}, found {entry['input']!r}" for entry in error.errors())
+        raise ConfigError(f"the settings of the import are not usable: {problems}") from error
+    with cluster(ResourcesConfig(cpus=cpus)):
+        counts = bring_in(source, annotation, screen, config, update=update)
+    left_out = counts["sequences"] - counts["clips"]
+    typer.echo(
+        f"{screen}: {counts['clips']:,} clips of {counts['sequences']:,} sequences"
+        f"{f'; {left_out:,} left out, see screening status {screen}' if left_out else ''}"
+    )
+    if left_out:
+        raise typer.Exit(Exit.SOME_FAILED)
 
 
 @app.command()
@@ -322,7 +412,7 @@ def status(screen: ScreenArgument, output: FormatOption = Format.table) -> None:
     from pipelines.status import stage_table
     from storage_schemas.screen import STAGES, Screen
 
-    opened = Screen(screen)
+    opened = Screen.open(screen)
     _print(stage_table(opened), output)
     if output is Format.table:
         for stage in STAGES:

@@ -1,16 +1,16 @@
 """Plates: OME-Zarr HCS. NGFF 0.5 on Zarr v3 is written, sharded; 0.4 on Zarr v2 is read too.
 
-Layout: ``PLATE.zarr/<row>/<column>/<site>/<level>``, axes ``tcyx`` when written; any subset of ``tczyx`` is read.
-One chunk is one plane; one shard is all channels of a time point, so that files are few and a frame is one read.
+Layout: ``PLATE.zarr/<row>/<column>/<site>/<level>``, axes ``tcyx`` or ``tczyx`` when written; any subset is read.
+One chunk is one plane; one shard is all of a time point, so that files are few and a frame is one read.
 Specification: https://ngff.openmicroscopy.org/0.5/
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import zarr
@@ -28,6 +28,23 @@ Projection = Literal["max", "mean"]
 _SECONDS = {"second": 1.0, "millisecond": 1e-3, "minute": 60.0, "hour": 3600.0, "day": 86400.0}
 _MICROMETRES = {"micrometer": 1.0, "nanometer": 1e-3, "millimeter": 1e3, "angstrom": 1e-4}
 _COLORS = ("0000FF", "00FF00", "FF0000", "FFFF00", "FF00FF", "00FFFF", "FFFFFF")
+_NOTES = "screening"  # beside NGFF's own key
+_SAMPLED = slice(None, None, 4)  # of each row and column, for the display range
+
+
+class Frames(Protocol):
+    """A site's images, (T, C, H, W) or (T, C, Z, H, W), read a time point at a time: a NumPy array is one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(T, C, H, W) or (T, C, Z, H, W)."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the pixels."""
+
+    def __getitem__(self, frame: int, /) -> NDArray[Any]:
+        """One time point, (C, H, W) or (C, Z, H, W)."""
 
 
 @dataclass(frozen=True)
@@ -196,24 +213,28 @@ def open_site(url: str) -> SiteImage:
 def create_well(
     plate_url: str,
     well: str,
-    sites: dict[str, NDArray[Any]],
+    sites: Mapping[str, Frames],
     channels: Sequence[str],
     *,
+    colors: Sequence[str | None] | None = None,
     pixel_size: float | None = None,
     time_step: float | None = None,
+    z_step: float | None = None,
 ) -> None:
-    """Write one well's images, each (T, C, H, W), beneath a plate folder.
+    """Write one well's images beneath a plate folder, holding one time point in memory.
 
     The well is part of the plate only once :func:`list_wells` has named it in the plate's metadata, so that an
-    interrupted writer leaves no half a well in sight.
+    interrupted writer leaves no half a well in sight. A writer that fails leaves nothing of it.
 
     Args:
         plate_url: the plate's folder.
         well: canonical well name.
-        sites: site name -> (T, C, H, W) array; sites may differ in shape.
+        sites: site name -> (T, C, H, W) or (T, C, Z, H, W); sites may differ in shape and dtype.
         channels: a name a channel.
+        colors: RRGGBB a channel, or None where unknown.
         pixel_size: micrometres.
         time_step: seconds.
+        z_step: micrometres.
 
     Raises:
         InputError: if a name is not usable or a site's shape does not fit the channels; nothing is written then.
@@ -224,25 +245,35 @@ def create_well(
     for site, stack in sites.items():
         if not (site.isascii() and site.isalnum()):
             raise InputError(f"site {well}/{site}: NGFF names sites by letters and digits alone")
-        if stack.ndim != 4 or stack.shape[1] != len(channels):
+        if len(stack.shape) not in (4, 5) or stack.shape[1] != len(channels):
             raise InputError(
-                f"site {well}/{site}: expected (T, C, H, W) with the channels {list(channels)}, got shape {stack.shape}"
+                f"site {well}/{site}: expected (T, C, H, W) or (T, C, Z, H, W) with the channels {list(channels)}, got "
+                f"shape {stack.shape}"
             )
+    shown = [color or _COLORS[i % len(_COLORS)] for i, color in enumerate(colors or [None] * len(channels))]
+    steps = _Steps(pixel_size, time_step, z_step)
     well_url = store.join(plate_url, row, column)
     store.remove(well_url)
-    for site, stack in sites.items():
-        _write_image(store.join(well_url, site), stack, channels, pixel_size, time_step)
-    images = [{"path": site, "acquisition": 0} for site in sites]
-    _write_ome(well_url, {"well": {"images": images}})
+    try:
+        for site, stack in sites.items():
+            _write_image(store.join(well_url, site), stack, channels, shown, steps)
+        images = [{"path": site, "acquisition": 0} for site in sites]
+        _write_ome(well_url, {"well": {"images": images}})
+        # A row is a group too; writers of its other wells put the same there.
+        store.write_json(store.join(plate_url, row, "zarr.json"), _group({}))
+    except Exception:
+        store.remove(well_url)
+        raise
 
 
-def list_wells(plate_url: str, name: str, wells: Sequence[str]) -> None:
+def list_wells(plate_url: str, name: str, wells: Sequence[str], notes: dict[str, Any] | None = None) -> None:
     """Write the plate's metadata, which makes the named wells part of it.
 
     Args:
         plate_url: the plate's folder.
         name: the plate's name, as plate maps spell it.
         wells: canonical names of all wells that are there; without any it is no plate, and its metadata goes.
+        notes: kept beside the metadata, for :func:`read_notes`; written with it, so that the two always agree.
     """
     check_name(name, "plate")
     if not wells:
@@ -270,8 +301,18 @@ def list_wells(plate_url: str, name: str, wells: Sequence[str]) -> None:
                 "acquisitions": [{"id": 0}],
             }
         },
-        extra_parents=rows,
+        notes,
     )
+
+
+def read_notes(plate_url: str) -> dict[str, Any]:
+    """What :func:`list_wells` was given to keep; empty for plates of others.
+
+    Raises:
+        SchemaError: if there is no plate.
+    """
+    notes = arrays.open_group(plate_url).attrs.asdict().get(_NOTES, {})
+    return notes if isinstance(notes, dict) else {}
 
 
 def write_labels(image_url: str, labels: dict[str, NDArray[np.int32]]) -> None:
@@ -291,7 +332,7 @@ def write_labels(image_url: str, labels: dict[str, NDArray[np.int32]]) -> None:
     version = "0.5" if zarr_format == 3 else "0.4"
     for name, movie in labels.items():
         document = {
-            "multiscales": _multiscales("tyx", image.n_levels, image.pixel_size, image.time_step),
+            "multiscales": _multiscales("tyx", image.n_levels, _Steps(image.pixel_size, image.time_step)),
             "image-label": {"version": version, "source": {"image": "../../"}},
         }
         zarr.create_group(
@@ -334,76 +375,82 @@ def open_labels(image_url: str, name: str) -> NDArray[np.int32]:
     return labels
 
 
-def _write_image(
-    url: str,
-    stack: NDArray[Any],
-    channels: Sequence[str],
-    pixel_size: float | None,
-    time_step: float | None,
-) -> None:
+@dataclass(frozen=True)
+class _Steps:
+    """Physical size of a step along each axis, or None where unknown: micrometres, seconds, micrometres."""
+
+    pixel: float | None
+    time: float | None
+    z: float | None = None
+
+
+def _write_image(url: str, stack: Frames, channels: Sequence[str], colors: Sequence[str], steps: _Steps) -> None:
+    axes = "tczyx" if len(stack.shape) == 5 else "tcyx"
+    shapes = [stack.shape]
+    while max(shapes[-1][-2:]) > SMALLEST_LEVEL and min(shapes[-1][-2:]) >= 2:
+        *others, height, width = shapes[-1]
+        shapes.append((*others, height // 2, width // 2))
     root = arrays.zarr_store(url)
-    level = stack
-    levels = []
-    while True:
-        levels.append(level)
-        if max(level.shape[2:]) <= SMALLEST_LEVEL or min(level.shape[2:]) < 2:
-            break
-        level = _halved(level)
+    zarr.create_group(root, overwrite=True)
+    levels = [
+        zarr.create_array(
+            root,
+            name=str(number),
+            shape=shape,
+            chunks=(*(1 for _ in shape[:-2]), *shape[-2:]),
+            shards=(1, *shape[1:]),
+            dtype=stack.dtype,
+            compressors=arrays.COMPRESSORS,
+            dimension_names=list(axes),
+        )
+        for number, shape in enumerate(shapes)
+    ]
+    samples = []
+    for frame in range(stack.shape[0]):
+        block = np.asarray(stack[frame])
+        samples.append(block[..., _SAMPLED, _SAMPLED].copy())
+        for number, level in enumerate(levels):
+            block = _halved(block) if number else block
+            level[frame] = block
     document = {
-        "multiscales": _multiscales("tcyx", len(levels), pixel_size, time_step),
+        "multiscales": _multiscales(axes, len(levels), steps),
         "omero": {
             "channels": [
-                {
-                    "label": name,
-                    "color": _COLORS[i % len(_COLORS)],
-                    "active": True,
-                    "window": _window(stack[:, i]),
-                }
-                for i, name in enumerate(channels)
+                {"label": name, "color": color, "active": True, "window": _window([of[i] for of in samples])}
+                for i, (name, color) in enumerate(zip(channels, colors, strict=True))
             ]
         },
     }
-    zarr.create_group(root, attributes=_wrapped(document, 3), overwrite=True)
-    for number, level in enumerate(levels):
-        array = zarr.create_array(
-            root,
-            name=str(number),
-            shape=level.shape,
-            chunks=(1, 1, *level.shape[2:]),
-            shards=(1, *level.shape[1:]),
-            dtype=level.dtype,
-            compressors=arrays.COMPRESSORS,
-            dimension_names=list("tcyx"),
-        )
-        array[...] = level
+    _write_ome(url, document)
 
 
-def _halved(stack: NDArray[Any]) -> NDArray[Any]:
+def _halved(block: NDArray[Any]) -> NDArray[Any]:
     """Mean of 2 × 2 pixels; an odd last row or column is left out, as viewers expect."""
-    height, width = stack.shape[2] // 2 * 2, stack.shape[3] // 2 * 2
-    blocks = stack[:, :, :height, :width].reshape(*stack.shape[:2], height // 2, 2, width // 2, 2)
-    halved: NDArray[Any] = blocks.mean(axis=(3, 5), dtype="f4").astype(stack.dtype)
+    height, width = block.shape[-2] // 2, block.shape[-1] // 2
+    pairs = block[..., : 2 * height, : 2 * width].reshape(*block.shape[:-2], height, 2, width, 2)
+    halved: NDArray[Any] = pairs.mean(axis=(-3, -1), dtype="f4").astype(block.dtype)
     return halved
 
 
-def _window(channel: NDArray[Any]) -> dict[str, float]:
+def _window(samples: list[NDArray[Any]]) -> dict[str, float]:
     """Display range of a channel: what viewers stretch to."""
-    low, high = (float(v) for v in np.percentile(channel[:, ::4, ::4], (0.5, 99.8)))
+    values = np.concatenate([sample.ravel() for sample in samples])
+    values = values[np.isfinite(values)]
+    low, high = (float(v) for v in np.percentile(values, (0.5, 99.8))) if values.size else (0.0, 1.0)
     return {"min": low, "start": low, "end": max(high, low + 1), "max": max(high, low + 1)}
 
 
-def _multiscales(axes: str, n_levels: int, pixel_size: float | None, time_step: float | None) -> list[dict[str, Any]]:
-    kinds = {"t": "time", "c": "channel", "y": "space", "x": "space"}
+def _multiscales(axes: str, n_levels: int, steps: _Steps) -> list[dict[str, Any]]:
+    kinds = {"t": "time", "c": "channel", "z": "space", "y": "space", "x": "space"}
+    units = {"t": "second", "z": "micrometer", "y": "micrometer", "x": "micrometer"}
+    known = {"t": steps.time, "z": steps.z, "y": steps.pixel, "x": steps.pixel}
     entries: list[dict[str, str]] = [{"name": axis, "type": kinds[axis]} for axis in axes]
     for entry in entries:
-        if entry["type"] == "space" and pixel_size is not None:
-            entry["unit"] = "micrometer"
-        if entry["type"] == "time" and time_step is not None:
-            entry["unit"] = "second"
+        if known.get(entry["name"]) is not None:
+            entry["unit"] = units[entry["name"]]
     datasets = []
     for level in range(n_levels):
-        step = {"t": time_step or 1.0, "c": 1.0}
-        scale = [step.get(axis, (pixel_size or 1.0) * 2.0**level) for axis in axes]
+        scale = [(known.get(axis) or 1.0) * (2.0**level if axis in "yx" else 1.0) for axis in axes]
         transformations = [{"type": "scale", "scale": scale}]
         datasets.append({"path": str(level), "coordinateTransformations": transformations})
     return [{"name": "image", "axes": entries, "datasets": datasets}]
@@ -418,11 +465,10 @@ def _wrapped(document: dict[str, Any], zarr_format: int) -> dict[str, Any]:
     return document
 
 
-def _write_ome(url: str, document: dict[str, Any], extra_parents: Iterable[str] = ()) -> None:
-    """Write a group's metadata in one put; ``extra_parents`` are sub-folders that must be groups too."""
-    for name in sorted(set(extra_parents)):
-        store.write_json(store.join(url, name, "zarr.json"), _group({}))
-    store.write_json(store.join(url, "zarr.json"), _group(_wrapped(document, 3)))
+def _write_ome(url: str, document: dict[str, Any], notes: dict[str, Any] | None = None) -> None:
+    """Write a group's metadata in one put."""
+    kept = {} if notes is None else {_NOTES: notes}
+    store.write_json(store.join(url, "zarr.json"), _group({**_wrapped(document, 3), **kept}))
 
 
 def _group(attributes: dict[str, Any]) -> dict[str, Any]:
