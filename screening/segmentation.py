@@ -12,7 +12,7 @@ A. E. Carpenter et al. 2006 (cells grown from their nuclei), J. C. Caicedo et al
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import cv2
 import numpy as np
@@ -38,6 +38,7 @@ _LEAST_AREA = 9
 class NucleiConfig(Config):
     """How nuclei are found; lengths are in nucleus diameters so that one setting serves every magnification."""
 
+    method: Literal["classical"] = Field("classical", description="threshold and watershed")
     diameter: float | None = Field(None, gt=1, description="nucleus diameter, px; null measures it in each image")
     smoothing: float = Field(
         0.06, ge=0, description="sigma of the Gaussian blur before the threshold, nucleus diameters"
@@ -69,6 +70,7 @@ class NucleiConfig(Config):
 class CellsConfig(Config):
     """How cells are grown from their nuclei; lengths are in nucleus diameters."""
 
+    method: Literal["classical"] = Field("classical", description="threshold and watershed")
     expansion: float = Field(
         0.35, ge=0, description="growth of the nuclei without a cytoplasm image, nucleus diameters"
     )
