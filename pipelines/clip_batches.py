@@ -41,7 +41,7 @@ class ClipTable:
         return ClipTable(*(column[positions] for column in vars(self).values()))
 
     def read(self, cache: ClipCache | None = None) -> np.ndarray[Any, Any]:
-        """The clips' pixels, (n, C, T, H, W) uint8, n at least 1; each array that is not cached is opened once."""
+        """The clips' pixels, (n, C, T, H, W) as stored, n at least 1; each array that is not cached is opened once."""
         found = {} if cache is None else cache.get(self)
         left = np.array([i for i in range(len(self.clip)) if i not in found], np.int64)
         order = left[np.argsort(self.url[left], kind="stable")]
@@ -115,7 +115,7 @@ class BatchReader:
             row: ``kind`` (which source), ``positions`` in it, and the ``seed`` of the augmentation of kind ``train``.
 
         Returns:
-            kind, clips (n, C, T, H, W) uint8, label (n,) and name (n strings).
+            kind, clips (n, C, T, H, W) as stored, label (n,) and name (n strings).
         """
         picked = self._sources[row["kind"]].take(np.asarray(row["positions"], np.int64))
         pixels = picked.read(self._cache)

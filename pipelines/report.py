@@ -14,7 +14,7 @@ from pipelines.units import Counts
 from pipelines.vectors import read_embeddings
 from screening.report import Example, ReportData, channel_colours, embedding_map, render
 from storage_schemas import store
-from storage_schemas.clips import channel_names, open_clips, read_clips
+from storage_schemas.clips import as_bytes, channel_names, open_clips, read_clips
 from storage_schemas.screen import Screen
 from storage_schemas.tables import CELLS, TRAINING_METRICS, open_table
 
@@ -109,7 +109,7 @@ def _examples(screen: Screen, maps: pd.DataFrame, rng: np.random.Generator) -> l
         clips = open_clips(screen.clips(key))
         kind = "negative control" if role == "negative_control" else moa
         title = f"{compound} ({kind})" if isinstance(kind, str) else str(compound)
-        clip = read_clips(screen.clips(key), [int(cell["clip"])])[0]
+        clip = as_bytes(read_clips(screen.clips(key), [int(cell["clip"])]))[0]
         caption = f"{key}, site {cell['site']}, track {cell['track']}"
         examples.append(Example(title, caption, clip, channel_colours(channel_names(clips))))
     return examples

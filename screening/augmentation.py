@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from screening.torchvision_shim import import_torchvision
 from storage_schemas.base import Config
+from storage_schemas.clips import white
 
 
 class AugmentConfig(Config):
@@ -42,12 +43,12 @@ def augment(clips: Tensor, config: AugmentConfig, generator: torch.Generator) ->
     """Change each clip by its own draw of rotation, scale, flips, shift, brightness and blur.
 
     Args:
-        clips: (N, C, T, H, W) uint8, on any device.
+        clips: (N, C, T, H, W) of any stored type, on any device.
         config: how far.
         generator: a CPU generator, so that the draw is the same whatever the device.
 
     Returns:
-        (N, C, T, H, W) uint8 on the same device.
+        (N, C, T, H, W) of the same type on the same device.
     """
     n, c, t, h, w = clips.shape
     images = clips.reshape(n, c * t, h, w)  # channels and frames move together
@@ -57,8 +58,11 @@ def augment(clips: Tensor, config: AugmentConfig, generator: torch.Generator) ->
     warped = functional.grid_sample(
         images.float(), grid, mode="bilinear", padding_mode=config.padding, align_corners=False
     )
-    warped = warped.mul_(gain[:, None, None, None]).round_().clamp_(0, 255).to(torch.uint8)
-    return _blur(warped, config, generator).reshape(n, c, t, h, w)
+    warped = warped.mul_(gain[:, None, None, None]).clamp_(0, white(clips.dtype))
+    warped = _blur(warped, config, generator)
+    if not clips.dtype.is_floating_point:
+        warped.round_()
+    return warped.to(clips.dtype).reshape(n, c, t, h, w)
 
 
 def _affine(n: int, h: int, w: int, config: AugmentConfig, generator: torch.Generator) -> Tensor:

@@ -15,6 +15,7 @@ from screening.i3d import I3DResNet, ModelConfig
 from screening.training import Normalisation
 from storage_schemas.base import Config
 from storage_schemas.checkpoint import CheckpointManifest
+from storage_schemas.clips import Clips
 from storage_schemas.errors import InputError
 
 
@@ -48,7 +49,7 @@ def restore(manifest: CheckpointManifest, weights: Mapping[str, NDArray[Any]]) -
 
 def embed(
     model: I3DResNet,
-    clips: NDArray[np.uint8] | Tensor,
+    clips: Clips | Tensor,
     normalisation: Normalisation,
     frames: Sequence[int],
     batch_size: int = 8,
@@ -57,7 +58,7 @@ def embed(
 
     Args:
         model: a trained network.
-        clips: (N, C, T, H, W) uint8.
+        clips: (N, C, T, H, W) of any stored type.
         normalisation: that the network was trained with.
         frames: of the clip that the network is fed (:func:`screening.i3d.frames_seen`).
         batch_size: clips at a time; on a CPU small batches, whose activations stay in its caches,

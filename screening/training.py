@@ -26,6 +26,7 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from screening.i3d import I3DResNet, ModelConfig, frames_seen
 from screening.losses import batch_hard_triplet_loss, center_loss
 from storage_schemas.base import Config
+from storage_schemas.clips import Clips, white
 from storage_schemas.errors import InputError
 
 
@@ -105,20 +106,25 @@ class Normalisation(Config):
     std: tuple[float, ...] = Field(description="standard deviation of each channel, likewise")
 
     @classmethod
-    def measure(cls, batches: Iterable[NDArray[np.uint8]]) -> Normalisation:
-        """Mean and standard deviation of each channel over batches of clips (N, C, T, H, W) uint8.
+    def measure(cls, batches: Iterable[Clips]) -> Normalisation:
+        """Mean and standard deviation of each channel over batches of clips (N, C, T, H, W), all of one type.
 
         Raises:
             TrainingError: if there are no clips.
         """
-        counts: NDArray[np.int64] | None = None  # (C, 256): exact, whatever the number of clips
+        counts: NDArray[np.int64] | None = None  # (C, bit patterns of a pixel): exact, whatever the number of clips
+        value = np.zeros(0)
         for clips in batches:
-            by_channel = np.moveaxis(clips, 1, 0)
-            batch = np.stack([np.bincount(c.ravel(), minlength=256) for c in by_channel])
+            pattern = np.dtype(f"u{clips.itemsize}")
+            patterns = np.arange(256**clips.itemsize).astype(pattern)
+            # Of half floats some patterns are no numbers; no clip has them.
+            pixel = patterns.view(clips.dtype)
+            value = np.where(np.isfinite(pixel), pixel, 0).astype(np.float64) / white(clips.dtype)
+            by_channel = np.moveaxis(clips.view(pattern), 1, 0)
+            batch = np.stack([np.bincount(c.ravel(), minlength=len(value)) for c in by_channel])
             counts = batch if counts is None else counts + batch
         if counts is None or not counts.sum():
             raise TrainingError("there are no clips to measure the normalisation on")
-        value = np.arange(256) / 255
         share = counts / counts.sum(axis=1, keepdims=True)
         mean = share @ value
         variance = (share * (value - mean[:, None]) ** 2).sum(axis=1)
@@ -127,7 +133,7 @@ class Normalisation(Config):
         return cls(mean=tuple(mean.tolist()), std=tuple(std.tolist()))
 
     def apply(self, clips: Tensor) -> Tensor:
-        """Normalise clips (N, C, T, H, W) uint8 into float32.
+        """Normalise clips (N, C, T, H, W) of any stored type into float32.
 
         The result lies in memory as ``channels_last_3d``, which 3D convolutions on a CPU prefer.
 
@@ -141,7 +147,7 @@ class Normalisation(Config):
         std = torch.tensor(self.std, device=clips.device).reshape(shape)
         # Reordered while still bytes, a quarter of the traffic.
         x = clips.contiguous(memory_format=torch.channels_last_3d).float()
-        return x.mul_(1 / (255 * std)).sub_(mean / std)
+        return x.mul_(1 / (white(clips.dtype) * std)).sub_(mean / std)
 
 
 class Learner(nn.Module):
@@ -261,7 +267,7 @@ class TrainingState:
         """Learn from one batch.
 
         Args:
-            clips: (N, C, T, H, W) uint8, on any device; augmented already.
+            clips: (N, C, T, H, W) as stored, on any device; augmented already.
             label: (N,) int64.
             names: of the clips, for the message if the loss is not a number.
 

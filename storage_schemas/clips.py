@@ -34,6 +34,11 @@ def white(dtype: object) -> float:
     return WHITE[str(dtype).removeprefix("torch.")]
 
 
+def as_bytes(clips: Clips) -> NDArray[np.uint8]:
+    """Clips of any type as those of 8 bit, for eyes."""
+    return np.asarray(np.rint(clips.astype(np.float32) * np.float32(255 / white(clips.dtype))), np.uint8)
+
+
 @dataclass(frozen=True)
 class Ranges:
     """The intensities that N clips show as black and as white, beyond which they are cut off.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 import torch
 
 from screening.augmentation import AugmentConfig, augment
+from storage_schemas.clips import white
 
 needs_torchvision = pytest.mark.skipif(find_spec("torchvision") is None, reason="torchvision is not installed")
 OFF = AugmentConfig(rotation=0, min_scale=1, max_scale=1, flip=False, shift=0, brightness=0, blur_probability=0)
@@ -33,6 +35,18 @@ def test_all_frames_and_channels_of_a_clip_get_one_draw() -> None:
     assert changed.dtype == torch.uint8
     assert torch.equal(changed, changed[:, :1, :1].expand_as(changed))
     assert not torch.equal(changed, still)
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "float16"])
+@pytest.mark.parametrize("blur", [0.0, pytest.param(0.7, marks=needs_torchvision)])
+def test_clips_of_more_bits_change_like_those_of_eight(dtype: str, blur: float) -> None:
+    config = AugmentConfig(blur_probability=blur, brightness=0.3)
+    unit = white(dtype)
+    finer = noise().float().mul(unit / 255).to(getattr(torch, dtype))
+    changed = run(finer, config)
+    assert changed.dtype == finer.dtype
+    assert 0.9 * unit < changed.float().max() <= unit
+    np.testing.assert_allclose(changed.float() / unit, run(noise(), config).float() / 255, atol=0.6 / 255)
 
 
 def test_each_clip_gets_its_own_draw() -> None:

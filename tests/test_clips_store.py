@@ -18,6 +18,7 @@ from storage_schemas.clips import (
     SHARD_CLIPS,
     WHITE,
     Ranges,
+    as_bytes,
     channel_names,
     open_clips,
     read_clips,
@@ -131,6 +132,14 @@ def test_a_scaling_that_does_not_fit_is_refused(url: str, scaling: Any) -> None:
     zarr.create_array(arrays.zarr_store(url), shape=(3, 2, 3, 4, 4), dtype="uint8", attributes={"screening": mark})
     with pytest.raises(SchemaError, match="does not give low and high for"):
         read_ranges(url)
+
+
+@pytest.mark.parametrize("dtype", WHITE)
+def test_clips_of_every_type_look_alike(dtype: str) -> None:
+    clips = np.arange(256, dtype=np.uint8).reshape(1, 1, 1, 16, 16)
+    same = (clips / np.float32(255) * np.float32(WHITE[dtype])).round(12 if dtype == "float16" else 0).astype(dtype)
+    assert as_bytes(same).dtype == np.uint8
+    np.testing.assert_array_equal(as_bytes(same), clips)
 
 
 def test_intensities_are_shares_of_the_range() -> None:

@@ -9,6 +9,7 @@ import torch
 from screening.embedding import embed
 from screening.i3d import I3DResNet, ModelConfig
 from screening.training import Normalisation
+from storage_schemas.clips import white
 from storage_schemas.errors import InputError
 
 NORMALISATION = Normalisation(mean=(0.4, 0.5), std=(0.2, 0.3))
@@ -45,6 +46,16 @@ def test_tensors_and_arrays_give_the_same(network: I3DResNet) -> None:
     array = embed(network, clips(), NORMALISATION, FRAMES)
     tensor = embed(network, torch.from_numpy(clips()), NORMALISATION, FRAMES)
     assert np.array_equal(array, tensor)
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "float16"])
+def test_the_type_of_the_clips_changes_an_embedding_only_by_rounding(network: I3DResNet, dtype: str) -> None:
+    exact = np.random.default_rng(1).beta(1, 3, (7, 2, 4, 16, 16))
+    coarse = np.rint(exact * 255).astype(np.uint8)
+    finer = (exact * white(dtype)).astype(dtype)
+    of_coarse, of_finer = (embed(network, c, NORMALISATION, FRAMES) for c in (coarse, finer))
+    spread = np.linalg.norm(of_coarse - of_coarse.mean(axis=0), axis=1).mean()
+    assert (np.linalg.norm(of_coarse - of_finer, axis=1) < 0.05 * spread).all()
 
 
 def test_only_the_frames_asked_for_count(network: I3DResNet) -> None:

@@ -23,6 +23,7 @@ from screening.training import (
     TrainingError,
     TrainingState,
 )
+from storage_schemas.clips import white
 from storage_schemas.errors import InputError
 
 MODEL = ModelConfig(depth=10, width=4, stem_frames=3)
@@ -263,6 +264,18 @@ def test_normalisation_is_that_of_all_clips() -> None:
     expected = (clips[:, 0] / 255 - normalisation.mean[0]) / normalisation.std[0]
     np.testing.assert_allclose(x[:, 0], expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(x[:, 1], 0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "float16"])
+def test_clips_of_more_bits_are_normalised_like_those_of_eight(dtype: str) -> None:
+    clips = np.random.default_rng(0).integers(0, 256, (5, 2, 3, 8, 8), dtype=np.uint8)
+    finer = (clips / np.float32(255) * np.float32(white(np.dtype(dtype)))).astype(dtype)
+    coarse, fine = Normalisation.measure([clips]), Normalisation.measure([finer[:2], finer[2:]])
+    np.testing.assert_allclose([*fine.mean, *fine.std], [*coarse.mean, *coarse.std], rtol=1e-3)
+    exact = finer[:, 0].astype(float) / white(np.dtype(dtype))
+    assert (fine.mean[0], fine.std[0]) == pytest.approx((exact.mean(), exact.std()), rel=1e-9)
+    x = coarse.apply(torch.from_numpy(clips))
+    np.testing.assert_allclose(coarse.apply(torch.from_numpy(finer)), x, atol=2e-3)
 
 
 def test_config_survives_json() -> None:
