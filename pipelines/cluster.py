@@ -81,6 +81,7 @@ def check_room(resources: ResourcesConfig) -> None:
     readers = READER_CPUS * resources.train_readers * workers
     wanted = {
         "segment_cpus": (resources.segment_cpus, cpus, "CPUs"),
+        "segment_gpus": (resources.segment_gpus, gpus, "GPUs"),
         "train_readers": (readers + worker_cpus(cpus, workers) * workers, cpus, "CPUs, with the training workers,"),
         "train_gpus": (resources.train_gpus * workers, gpus, "GPUs"),
         "embed_gpus": (resources.embed_gpus * resources.embed_actors, gpus, "GPUs"),

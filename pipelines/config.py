@@ -16,7 +16,7 @@ from screening.embedding import EmbedConfig
 from screening.evaluation import EvaluationConfig
 from screening.i3d import ModelConfig
 from screening.profiles import ProfilesConfig
-from screening.site import SegmentConfig
+from screening.site import ChannelsConfig, SegmentConfig
 from screening.splits import SplitConfig
 from screening.training import TrainConfig
 from storage_schemas import store
@@ -29,14 +29,21 @@ class ConfigError(InputError):
 
 
 class InputsConfig(Config):
-    """Where the screen's plates and tables lie; relative paths are relative to the configuration's folder."""
+    """Plates and tables, or the cells of another screen; relative paths are relative to the configuration's folder."""
 
-    plates: tuple[str, ...] = Field(
+    plates: tuple[str, ...] | None = Field(
+        None,
         description="OME-Zarr plates: paths or URLs; a last part with * or ? stands for all that match",
         examples=[["plates/*.zarr"]],
         min_length=1,
     )
-    plate_map: str = Field(
+    cells: str | None = Field(
+        None,
+        description="instead of plates: a screen whose cells are taken as they are, imported or segmented by a run "
+        "before; its tables too, where none are named here",
+    )
+    plate_map: str | None = Field(
+        None,
         description="table with plate, well, compound, role and, if known, concentration, unit, replicate",
         examples=["plate_map.csv"],
     )
@@ -53,6 +60,14 @@ class InputsConfig(Config):
         "error", description="compounds of the table of compounds that are on no plate"
     )
 
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.plates is None) == (self.cells is None):
+            raise ValueError("give either plates or cells (a screen whose cells are taken), the other left out or null")
+        if self.plates is not None and self.plate_map is None:
+            raise ValueError("plates need a plate_map, which says what is in their wells")
+        return self
+
 
 class ResourcesConfig(Config):
     """What the run may use; a run may go on with other resources.
@@ -64,6 +79,9 @@ class ResourcesConfig(Config):
     cpus: int | None = Field(None, ge=1, description="CPUs of a Ray started on this machine; null: all")
     object_store_mb: int = Field(512, ge=80, description="MiB of Ray's object store on this machine")
     segment_cpus: float = Field(1.0, gt=0, description="CPUs that one well's segmentation asks for")
+    segment_gpus: float = Field(
+        0.0, ge=0, description="GPUs that one well's segmentation asks for; only the method cellpose uses one"
+    )
     embed_actors: int = Field(1, ge=1, description="actors that hold the network and embed")
     embed_gpus: float = Field(0.0, ge=0, description="GPUs that one embedding actor asks for")
     train_workers: int = Field(1, ge=1, description="workers that train together")
@@ -80,8 +98,12 @@ class RunConfig(Config):
 
     title: str = Field("Phenotypic screen", description="what the report is headed with")
     seed: int = Field(0, ge=0, description="seed of everything that is random")
-    inputs: InputsConfig = Field(description="plates and tables")
-    segment: SegmentConfig = Field(description="from plates to single-cell clips")
+    inputs: InputsConfig = Field(description="plates and tables, or the cells of another screen")
+    segment: SegmentConfig | None = Field(
+        None,
+        description="from plates to single-cell clips; null with inputs.cells",
+        examples=[SegmentConfig(channels=ChannelsConfig(nucleus="nucleus"))],
+    )
     split: SplitConfig = Field(SplitConfig(), description="training, validation and held-out tests")
     model: ModelConfig = Field(ModelConfig(), description="the network")
     augment: AugmentConfig = Field(AugmentConfig(), description="augmentation of training clips")
@@ -91,6 +113,14 @@ class RunConfig(Config):
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="held-out tests")
     max_failed_share: float = Field(0.5, ge=0, le=1, description="share of wells that may fail before the run stops")
     resources: ResourcesConfig = Field(ResourcesConfig(), description="what the run may use")
+
+    @model_validator(mode="after")
+    def _plates_are_segmented(self) -> Self:
+        if self.inputs.cells is None and self.segment is None:
+            raise ValueError("inputs.plates need the group segment, at least segment.channels.nucleus")
+        if self.inputs.cells is not None and self.segment is not None:
+            raise ValueError("inputs.cells have been cut out already: leave the group segment away")
+        return self
 
     @model_validator(mode="after")
     def _identities_can_be_shared(self) -> Self:
@@ -128,8 +158,9 @@ def load(url: str, overrides: Sequence[str] = ()) -> RunConfig:
     base = store.parent(store.absolute(url))
     inputs = config.inputs.model_copy(
         update={
-            "plates": tuple(store.absolute(plate, base) for plate in config.inputs.plates),
-            "plate_map": store.absolute(config.inputs.plate_map, base),
+            "plates": config.inputs.plates and tuple(store.absolute(plate, base) for plate in config.inputs.plates),
+            "cells": config.inputs.cells and store.absolute(config.inputs.cells, base),
+            "plate_map": config.inputs.plate_map and store.absolute(config.inputs.plate_map, base),
             "compounds": config.inputs.compounds and store.absolute(config.inputs.compounds, base),
         }
     )
@@ -150,6 +181,17 @@ def override(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     for change in overrides:
         _override(document, change)
     return parse(document, " ".join(overrides))
+
+
+def with_cells_of(config: RunConfig, url: str) -> RunConfig:
+    """The configuration of a run on the cells of a screen of the same plates.
+
+    Args:
+        config: of a run on plates, or on cells.
+        url: of the screen, which is absolute.
+    """
+    inputs = config.inputs.model_copy(update={"plates": None, "cells": url, "plate_map": None, "compounds": None})
+    return config.model_copy(update={"inputs": inputs, "segment": None})
 
 
 def parse(document: Mapping[str, Any], source: str) -> RunConfig:
@@ -290,10 +332,10 @@ def _commented(model: type[BaseModel], values: Mapping[str, Any], depth: int) ->
     indent = "  " * depth
     for name, field in model.model_fields.items():
         default = values.get(name)
-        if default is None and not field.is_required():
-            default = field.get_default(call_default_factory=True)
-        elif field.examples:
+        if default is None and field.examples:
             default = field.examples[0]
+        elif default is None and not field.is_required():
+            default = field.get_default(call_default_factory=True)
         members = _members(field.annotation)
         choices = [method for method in map(_method, members) if method]
         comment = field.description or ""

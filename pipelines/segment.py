@@ -62,7 +62,11 @@ def segment(config: RunConfig, inputs: Inputs, screen: Screen, fingerprint: str)
         screen,
         "segment",
         inputs.wells,
-        Work(partial(segment_well, context), num_cpus=config.resources.segment_cpus),
+        Work(
+            partial(segment_well, context),
+            num_cpus=config.resources.segment_cpus,
+            num_gpus=config.resources.segment_gpus,
+        ),
         config.max_failed_share,
     )
     counts = _count(inputs, screen)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from pydantic import Field
 
-from screening import clips, features, quality, segmentation, tracking
+from screening import cellpose_model, clips, features, quality, segmentation, tracking
+from screening.cellpose_model import CellposeConfig
 from screening.clips import ClipsConfig
 from screening.features import Tracks
 from screening.illumination import Calibration, FlatField, IlluminationConfig, correct
@@ -43,8 +44,12 @@ class SegmentConfig(Config):
     projection: Projection = Field("max", description="how a z axis is projected: max or mean")
     illumination: IlluminationConfig = Field(FlatField(), description="correction of uneven illumination")
     quality: QualityConfig = Field(QualityConfig(), description="what counts as a bad frame")
-    nuclei: NucleiConfig = Field(NucleiConfig(), description="segmentation of nuclei")
-    cells: CellsConfig = Field(CellsConfig(), description="segmentation of cells")
+    nuclei: Annotated[NucleiConfig | CellposeConfig, Field(discriminator="method")] = Field(
+        NucleiConfig(), description="segmentation of nuclei"
+    )
+    cells: Annotated[CellsConfig | CellposeConfig, Field(discriminator="method")] = Field(
+        CellsConfig(), description="segmentation of cells"
+    )
     tracking: TrackingConfig = Field(TrackingConfig(), description="tracking over time")
     clips: ClipsConfig = Field(ClipsConfig(), description="single-cell clips")
     labels: bool = Field(True, description="write labels beside the plates' images (NGFF image-labels) for viewers")
@@ -142,7 +147,7 @@ def process_site(
     bad = judged.groupby("frame")["bad"].first().to_numpy()
     corrected = correct(stack, calibration)
 
-    nuclei = np.stack([segmentation.segment_nuclei(_filled(plane), config.nuclei) for plane in corrected[:, nucleus]])
+    nuclei = np.stack([_find_nuclei(_filled(plane), config.nuclei) for plane in corrected[:, nucleus]])
     n_nuclei = nuclei.max(axis=(1, 2))  # they are numbered from 1 without gaps
     nuclei, parents = tracking.link(nuclei, config.tracking)
     # Cells take the numbers of their nuclei, so what was linked as nuclei is linked as cells.
@@ -150,7 +155,9 @@ def process_site(
     seen = None if cytoplasm is None else corrected[:, _position(channels, cytoplasm)]
     cells = np.stack(
         [
-            segmentation.segment_cells(None if seen is None else _filled(seen[t]), nuclei[t], config.cells)
+            _find_cells(
+                None if seen is None else _filled(seen[t]), _filled(corrected[t, nucleus]), nuclei[t], config.cells
+            )
             for t in range(len(stack))
         ]
     )
@@ -178,6 +185,25 @@ def process_site(
         clips.cut(shown, cells, tracks, ids, frames, bad, ranges.low, ranges.high, config.clips),
         ranges,
     )
+
+
+def _find_nuclei(plane: npt.NDArray[np.float32], config: NucleiConfig | CellposeConfig) -> npt.NDArray[np.int32]:
+    if isinstance(config, CellposeConfig):
+        return cellpose_model.segment_nuclei(plane, config)
+    return segmentation.segment_nuclei(plane, config)
+
+
+def _find_cells(
+    cytoplasm: npt.NDArray[np.float32] | None,
+    nucleus: npt.NDArray[np.float32],
+    nuclei: npt.NDArray[np.int32],
+    config: CellsConfig | CellposeConfig,
+) -> npt.NDArray[np.int32]:
+    if not isinstance(config, CellposeConfig):
+        return segmentation.segment_cells(cytoplasm, nuclei, config)
+    if cytoplasm is None:
+        raise InputError("segment.cells.method cellpose needs an image of the cells: set segment.channels.cytoplasm")
+    return cellpose_model.segment_cells(cytoplasm, nucleus, nuclei, config)
 
 
 def check_form(site: SiteForm, plate: SiteForm, config: ClipsConfig) -> None:
