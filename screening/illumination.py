@@ -90,7 +90,7 @@ class _Frame:
 
 
 def calibrate(
-    stacks: Sequence[da.Array],
+    stacks: Sequence[da.Array | npt.NDArray[Any]],
     config: NoIllumination | FlatField,
     percentiles: tuple[float, float] = (1.0, 99.8),
 ) -> Calibration:
@@ -100,8 +100,8 @@ def calibrate(
     differ in shape: the field spans the field of view, not pixels.
 
     Args:
-        stacks: (T, C, H, W) images of sites of one plate, any real dtype, best in chunks of a frame;
-            frames without a finite pixel (lost ones) and other non-finite pixels are left out.
+        stacks: (T, C, H, W) images of sites of one plate, any real dtype: dask's are read as they are wanted. Frames
+            without a finite pixel (lost ones) and other non-finite pixels are left out.
         config: how the field is estimated.
         percentiles: of the corrected pixels of each channel that become ``low`` and ``high``, in
             percent.
@@ -119,23 +119,23 @@ def calibrate(
                 f"site {position} of the plate's sample has {stack.shape[1]} channels, the first one {n_channels}"
             )
     grid = config.grid if isinstance(config, FlatField) else 1
-    sites = [site for site in dask.compute(*(_summaries(stack, grid) for stack in stacks)) if site]
-    sites = [frames for frames in ([frame for frame in site if frame is not None] for site in sites) if frames]
+    computed = dask.compute(*(_summaries(stack, grid) for stack in stacks))
+    sites = [[frame for frame in site if frame is not None] for site in computed]
     field, offset = None, np.zeros(n_channels, np.float32)
     if isinstance(config, FlatField):
-        views = [_views(site) for site in sites]
+        views = [_views(site) for site in sites if site]
         whole = [view for view in views if len(view)]
         if len(whole) >= config.min_sites:
             field, offset = _estimate_field(whole, config)
     frames = [frame for site in sites for frame in site]
-    ranges = np.empty((n_channels, 2), np.float32)
+    ranges = []
     for channel in range(n_channels):
         pool = np.concatenate([np.zeros(0, np.float32), *(_corrected(f, channel, field, offset) for f in frames)])
         if not pool.size:
             raise InputError(f"channel {channel} has no finite pixel in the {len(stacks)} sampled sites")
-        ranges[channel] = np.percentile(pool, percentiles)
-    usual = typical(pd.concat([frame.measures for frame in frames]))
-    return Calibration(field, offset, ranges[:, 0].copy(), ranges[:, 1].copy(), usual)
+        ranges.append(np.percentile(pool, percentiles))
+    low, high = np.array(ranges, np.float32).T.copy()
+    return Calibration(field, offset, low, high, typical(pd.concat([frame.measures for frame in frames])))
 
 
 def correct(stack: npt.NDArray[Any], calibration: Calibration) -> FloatArray:
@@ -177,13 +177,13 @@ def _flatten(plane: npt.NDArray[Any], offset: np.float32, gain: FloatArray, out:
             out[y, x] = (np.float32(plane[y, x]) - offset) * gain[y, x]
 
 
-def _summaries(stack: da.Array, grid: int) -> list[Any]:
+def _summaries(stack: da.Array | npt.NDArray[Any], grid: int) -> list[Any]:
     """A task for each frame of a site that makes a :class:`_Frame` of it, or None of a lost one."""
     n_frames, _, *shape = stack.shape
     step = int(np.ceil(np.sqrt(n_frames * shape[0] * shape[1] / _PIXELS_PER_CHANNEL)))
     step = max(1, min(step, *shape))
     summarise = dask.delayed(_summarise)
-    return [summarise(block, step, grid) for block in stack.rechunk((1, -1, -1, -1)).to_delayed().ravel()]
+    return [summarise(block, step, grid) for block in da.asarray(stack).rechunk((1, -1, -1, -1)).to_delayed().ravel()]
 
 
 def _summarise(block: npt.NDArray[Any], step: int, grid: int) -> _Frame | None:

@@ -1,15 +1,21 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+import tracemalloc
 
 import cv2
+import dask
+import dask.array as da
 import numpy as np
+import pandas as pd
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from screening import illumination
+from screening import illumination, quality
 from screening.illumination import Calibration, FlatField, IlluminationConfig, NoIllumination
+from screening.quality import PlateQuality
 from storage_schemas.errors import InputError
+
+USUAL = PlateQuality(*np.ones((4, 1)))
 
 
 def vignette(height: int, width: int) -> np.ndarray:
@@ -31,11 +37,10 @@ def simulate(rng: np.random.Generator, shape: tuple[int, int], n_frames: int = 1
     return np.repeat(np.array(channels)[None], n_frames, axis=0).astype(np.uint16)
 
 
-def plate(n_sites: int, seed: int = 0) -> Iterator[np.ndarray]:
+def plate(n_sites: int, seed: int = 0) -> list[np.ndarray]:
     rng = np.random.default_rng(seed)
-    for site in range(n_sites):
-        # Sites of two shapes: the field spans the field of view.
-        yield simulate(rng, (128, 128) if site % 2 else (96, 160))
+    # Sites of two shapes: the field spans the field of view.
+    return [simulate(rng, (128, 128) if site % 2 else (96, 160)) for site in range(n_sites)]
 
 
 def test_recovers_simulated_vignetting_within_a_few_per_cent() -> None:
@@ -60,7 +65,7 @@ def test_correction_evens_out_an_empty_field() -> None:
 def test_field_does_not_depend_on_the_camera_offset() -> None:
     def fields(offset: float) -> np.ndarray:
         rng = np.random.default_rng(1)
-        sites = (simulate(rng, (64, 64), offset=offset) for _ in range(20))
+        sites = [simulate(rng, (64, 64), offset=offset) for _ in range(20)]
         field = illumination.calibrate(sites, FlatField(min_sites=20)).flat_field
         assert field is not None
         return field
@@ -95,21 +100,18 @@ def test_correct_is_offset_then_gain_and_leaves_its_input_alone() -> None:
     stack = np.full((2, 1, 10, 12), 7.0)
     stack[0, 0, 0, 0] = np.nan
     before = stack.copy()
-    corrected = illumination.correct(stack, Calibration(field, three, three, five))
+    corrected = illumination.correct(stack, Calibration(field, three, three, five, USUAL))
     np.testing.assert_array_equal(stack, before)
     assert np.isnan(corrected[0, 0, 0, 0])
     np.testing.assert_allclose(corrected[1], 8)
 
 
 def test_holes_and_constant_channels_do_no_harm() -> None:
-    def sites() -> Iterator[np.ndarray]:
-        for stack in plate(20):
-            movie = np.repeat(stack, 2, axis=0).astype(np.float32)
-            movie[0, 0, 3, 3] = np.nan
-            movie[:, 1] = 0
-            yield movie
-
-    calibration = illumination.calibrate(sites(), FlatField(min_sites=16))
+    sites = [np.repeat(stack, 2, axis=0).astype(np.float32) for stack in plate(20)]
+    for movie in sites:
+        movie[0, 0, 3, 3] = np.nan
+        movie[:, 1] = 0
+    calibration = illumination.calibrate(sites, FlatField(min_sites=16))
     assert calibration.flat_field is not None
     assert np.isfinite(calibration.flat_field).all()
     np.testing.assert_allclose(calibration.flat_field[1], 1, atol=1e-6)
@@ -117,21 +119,48 @@ def test_holes_and_constant_channels_do_no_harm() -> None:
     assert calibration.low[0] < calibration.high[0]
 
 
-def test_more_sites_than_are_kept_are_thinned_evenly() -> None:
-    consumed = []
+def test_lost_frames_are_as_if_never_taken() -> None:
+    sites = [stack.astype(np.float32) for stack in plate(20)]
+    lost = [np.concatenate([stack, np.full_like(stack, np.nan)]) for stack in sites]
+    for config in (FlatField(min_sites=16), NoIllumination()):
+        one, other = illumination.calibrate(sites, config), illumination.calibrate(lost, config)
+        for name in ("flat_field", "offset"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+        np.testing.assert_array_equal(one.quality.focus, other.quality.focus)
+        # Twice the frames are sampled by half the pixels.
+        np.testing.assert_allclose(one.high, other.high, rtol=0.05)
 
-    def sites() -> Iterator[np.ndarray]:
-        for value in range(1000):
-            consumed.append(value)
-            yield np.full((1, 1, 4, 4), value, np.uint16)
 
-    calibration = illumination.calibrate(sites(), NoIllumination(), (0, 100))
-    assert len(consumed) == 1000
-    assert calibration.low[0] == 0
-    assert calibration.high[0] > 985
-    kept = illumination._sample(sites(), None)
-    assert 128 <= len(kept) <= 256
-    assert len(set(np.diff([site.pixels[0, 0, 0, 0] for site in kept]))) == 1
+def test_a_sample_is_read_frame_by_frame_and_once() -> None:
+    shape, n_sites = (2, 256, 256), 40
+    reads: list[tuple[int, int]] = []
+
+    def read(site: int, frame: int) -> np.ndarray:
+        reads.append((site, frame))
+        return np.random.default_rng([site, frame]).normal(100, 5, (1, *shape)).astype(np.float32)
+
+    def lazy(site: int) -> da.Array:
+        frames = [dask.delayed(read)(site, frame) for frame in range(3)]
+        return da.concatenate([da.from_delayed(frame, (1, *shape), np.float32) for frame in frames])
+
+    stacks = [lazy(site) for site in range(n_sites)]
+    tracemalloc.start()
+    with dask.config.set(scheduler="synchronous"):
+        illumination.calibrate(stacks, FlatField(min_sites=16, grid=16))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert sorted(reads) == [(site, frame) for site in range(n_sites) for frame in range(3)]
+    # What is kept of a site is small, and of 120 frames a few are held at a time.
+    frame_bytes = 4 * np.prod(shape)
+    assert peak < 20 * frame_bytes
+
+
+def test_a_plate_knows_its_usual_quality() -> None:
+    calibration = illumination.calibrate(plate(12), NoIllumination())
+    measured = pd.concat([quality.measure(stack) for stack in plate(12)])
+    expected = quality.typical(measured)
+    for name in ("focus", "saturated", "glare", "sd"):
+        np.testing.assert_allclose(getattr(calibration.quality, name), getattr(expected, name))
 
 
 def test_what_cannot_be_calibrated_is_said() -> None:
