@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from storage_schemas import store
-from storage_schemas.calibration import Float32s, read_calibration, write_calibration
+from storage_schemas.calibration import FIELDS, FLAT_FIELD, Float32s, read_calibration, write_calibration
 from storage_schemas.errors import SchemaError
 
 floats = st.floats(-1e6, 1e6, width=32)
@@ -21,20 +21,24 @@ floats = st.floats(-1e6, 1e6, width=32)
 @given(st.data(), st.integers(1, 4), st.booleans())
 @settings(max_examples=30)
 def test_a_calibration_reads_back(data: st.DataObject, channels: int, has_field: bool) -> None:
-    offset, low, high = (data.draw(npst.arrays("float32", channels, elements=floats)) for _ in range(3))
-    field = data.draw(npst.arrays("float32", (channels, 3, 5), elements=floats)) if has_field else None
-    write_calibration("memory://calibration/p.npz", field, offset, low, high)
+    known = floats | st.just(float("nan"))  # what no sampled frame tells
+    calibration = {name: data.draw(npst.arrays("float32", channels, elements=known)) for name in FIELDS}
+    if has_field:
+        calibration[FLAT_FIELD] = data.draw(npst.arrays("float32", (channels, 3, 5), elements=floats))
+    write_calibration("memory://calibration/p.npz", calibration)
     back = read_calibration("memory://calibration/p.npz")
-    assert (back[0] is None) == (field is None)
-    for read, written in zip(back, (field, offset, low, high), strict=True):
-        if read is not None:
-            assert read.dtype == np.float32
-            np.testing.assert_array_equal(read, written)
+    assert back.keys() == calibration.keys()
+    for name, read in back.items():
+        assert read.dtype == np.float32
+        np.testing.assert_array_equal(read, calibration[name])
+
+
+def calibration() -> dict[str, Float32s]:
+    return {name: np.arange(2, dtype=np.float32) + i for i, name in enumerate(FIELDS)}
 
 
 def written(path: Path) -> bytes:
-    parts: list[Float32s] = [np.arange(2, dtype=np.float32) + i for i in range(3)]
-    write_calibration(str(path), np.ones((2, 8, 8), np.float32), *parts)
+    write_calibration(str(path), {**calibration(), FLAT_FIELD: np.ones((2, 8, 8), np.float32)})
     return path.read_bytes()
 
 
@@ -60,14 +64,16 @@ def save(path: Path, **fields: Any) -> str:
 
 
 ONES = np.ones(2, np.float32)
+ALL = {"version": 2, **dict.fromkeys(FIELDS, ONES)}
 
 
 @pytest.mark.parametrize(
     ("fields", "problem"),
     [
-        ({"version": 2, "offset": ONES, "low": ONES, "high": ONES}, "expected a calibration of version 1, found 2"),
-        ({"offset": ONES, "low": ONES, "high": ONES}, r"not a calibration: it holds \['high', 'low', 'offset'\]"),
-        ({"version": 1, "offset": ONES, "low": ONES}, "not a calibration"),
+        ({**ALL, "version": 1}, "expected a calibration of version 2, found 1"),
+        ({name: ONES for name in FIELDS}, r"not a calibration: it holds \['focus', 'glare', 'high', 'low',"),
+        ({"version": 2, "offset": ONES, "low": ONES}, "not a calibration"),
+        ({**ALL, "gain": ONES}, "not a calibration"),
         ({}, "not a calibration"),
     ],
 )
@@ -85,7 +91,7 @@ class _Payload:
 
 def test_a_pickled_payload_is_refused_and_never_run(tmp_path: Path) -> None:
     payload = np.array([_Payload()], dtype=object)
-    url = save(tmp_path / "p.npz", version=1, offset=payload, low=ONES, high=ONES)
+    url = save(tmp_path / "p.npz", **{**ALL, "offset": payload})
     with pytest.raises(SchemaError, match=r"p\.npz"):
         read_calibration(url)
     sink = io.BytesIO()
@@ -105,6 +111,6 @@ def test_a_failed_write_leaves_the_old_calibration(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(os, "replace", raising)
     with pytest.raises(OSError, match="full"):
-        write_calibration(str(path), None, ONES, ONES, ONES)
+        write_calibration(str(path), calibration())
     assert path.read_bytes() == whole
     assert store.list_names(str(tmp_path)) == ["p.npz"]

@@ -71,7 +71,7 @@ def test_removing_a_stage_removes_all_it_wrote_and_nothing_else(screen: Screen, 
     for url in files:
         store.write_bytes(url, b"1")
     for other in STAGES:
-        screen.write_failure(other, B02, ValueError("x"))
+        screen.write_failures(other, B02, [Failure("plate 1/B02", "ValueError", "x")])
     screen.remove_stage(stage)
     screen.remove_stage(stage)
     for url, owner in files.items():
@@ -123,20 +123,51 @@ def test_a_table_of_no_well_is_named(screen: Screen) -> None:
         screen.done_units("segment")
 
 
-def test_failures_are_kept_until_cleared(screen: Screen) -> None:
-    assert screen.failures("segment") == []
-    screen.write_failure("segment", C11, SchemaError("x.zarr", "is broken\nbadly"))
-    screen.write_failure("segment", B02, ValueError("first"))
-    screen.write_failure("segment", B02, KeyError("ä"))
-    screen.write_failure("embed", B02, MemoryError())
-    assert screen.failures("segment") == [
-        Failure("plate 1/B02", "KeyError", "'ä'"),
-        Failure("plate 2/C11", "SchemaError", "x.zarr: is broken\nbadly"),
-    ]
-    screen.clear_failure("segment", B02)
-    screen.clear_failure("segment", B02)
-    assert [failure.unit for failure in screen.failures("segment")] == ["plate 2/C11"]
+def test_failures_are_kept_until_replaced(screen: Screen) -> None:
+    whole = Failure("plate 2/C11", "SchemaError", "x.zarr: is broken\nbadly")
+    sites = [Failure("plate 1/B02/1", "blank", "ä"), Failure("plate 1/B02/3", "unreadable", "y")]
+    assert screen.failures("segment") == screen.failures("segment", B02) == []
+    screen.write_failures("segment", C11, [whole])
+    screen.write_failures("segment", B02, [Failure("plate 1/B02", "KeyError", "first")])
+    screen.write_failures("segment", B02, sites)
+    screen.write_failures("embed", B02, [Failure("plate 1/B02", "MemoryError", "")])
+    assert screen.failures("segment") == [*sites, whole]
+    assert screen.failures("segment", B02) == sites
+    assert screen.failed_units("segment") == {B02, C11}
+    screen.write_failures("segment", B02, [])
+    screen.write_failures("segment", B02, [])
+    assert screen.failures("segment") == [whole]
+    assert screen.failed_units("segment") == {C11}
     assert screen.failures("embed") == [Failure("plate 1/B02", "MemoryError", "")]
+
+
+def test_a_unit_is_removed_with_what_commits_it_first(screen: Screen, monkeypatch: pytest.MonkeyPatch) -> None:
+    for well in (B02, C11):
+        for url in (screen.cells(well), screen.quality(well), store.join(screen.clips(well), "part")):
+            store.write_bytes(url, b"1")
+    removed: list[str] = []
+    remove = store.remove
+    monkeypatch.setattr(store, "remove", lambda url: (removed.append(url), remove(url)))
+    screen.remove_unit(B02)
+    assert removed[0] == screen.cells(B02)
+    assert screen.done_units("segment") == {C11}
+    assert not any(store.exists(url) for url in (screen.quality(B02), screen.clips(B02)))
+    assert all(store.exists(url) for url in (screen.quality(C11), screen.clips(C11)))
+
+
+def test_outputs_tell_apart_what_was_done_again(screen: Screen) -> None:
+    """Stages after `segment` go by this: embeddings of a well whose sites have been mended must not stay."""
+    for well in (B02, C11):
+        store.write_bytes(screen.cells(well), b"1")
+        store.write_bytes(screen.calibration(well.plate), b"1")
+    before = screen.outputs("segment")
+    assert screen.outputs("segment") == before
+    store.write_bytes(screen.cells(C11), b"2")
+    mended = screen.outputs("segment")
+    store.write_bytes(screen.calibration(C11.plate), b"2")
+    again = screen.outputs("segment")
+    store.remove(screen.cells(B02))
+    assert len({tuple(outputs) for outputs in (before, mended, again, screen.outputs("segment"))}) == 4
 
 
 # --- manifest --------------------------------------------------------------------------------
