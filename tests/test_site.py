@@ -1,13 +1,25 @@
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from screening.clips import EXCLUSIONS, KEPT, ClipsConfig, FixedWindow
 from screening.illumination import Calibration, NoIllumination, calibrate
+from screening.quality import EMPTY, FLAGS, NOT_FINITE
 from screening.simulation import CHANNELS, SimulatedSite, SimulationConfig, simulate_site
-from screening.site import ChannelsConfig, SegmentConfig, Site, process_site
+from screening.site import (
+    NO_CELLS,
+    ChannelsConfig,
+    SegmentConfig,
+    Site,
+    SiteError,
+    SiteForm,
+    check_form,
+    process_site,
+)
 from storage_schemas.errors import InputError
 
 CONFIG = SegmentConfig(
@@ -82,6 +94,14 @@ def test_selection_adds_up(site: Site) -> None:
 def test_a_frame_is_measured_once_a_channel(site: Site, simulated: SimulatedSite) -> None:
     assert len(site.quality) == simulated.stack.shape[0] * simulated.stack.shape[1]
     assert not site.quality["bad"].any()
+    assert (site.quality[["flags", "site_flag"]] == "").all(axis=None)
+
+
+def test_objects_found_are_the_objects_in_tracks(site: Site) -> None:
+    found = site.quality.groupby("frame")["n_nuclei"]
+    assert (found.nunique() == 1).all()
+    assert found.first().tolist() == [len(np.unique(plane)) - 1 for plane in site.nuclei]
+    assert found.first().sum() == site.tracks.present.sum()
 
 
 def test_same_input_same_output(site: Site, simulated: SimulatedSite) -> None:
@@ -114,27 +134,60 @@ def test_a_blank_frame_is_repaired_not_fatal(simulated: SimulatedSite, site: Sit
     assert len(damaged.clips) > 0
 
 
-def test_a_site_without_cells_has_no_clips() -> None:
-    stack = np.random.default_rng(0).normal(100, 3, (5, 3, 64, 64)).astype(np.uint16)
+def test_noise_is_a_site_flagged_for_having_no_cells() -> None:
+    stack = np.random.default_rng(0).normal(100, 3, (5, 3, 128, 128)).astype(np.uint16)
     empty = process_site(stack, CHANNELS, calibration(stack), CONFIG)
     assert empty.clips.shape == (0, 3, 4, 32, 32)
-    assert (empty.selection["excluded"] != KEPT).all()
+    assert (empty.quality["n_nuclei"] == 0).all()
+    assert not empty.quality["bad"].any()
+    assert set(empty.quality["site_flag"]) == {NO_CELLS}
+
+
+def test_a_site_with_too_many_bad_frames_is_flagged_for_the_commonest_reason(simulated: SimulatedSite) -> None:
+    stack = simulated.stack.copy()
+    stack[[0, 1, 3], 1] = 0
+    stack[4] = 4095
+    damaged = process_site(stack, CHANNELS, calibration(simulated.stack), CONFIG)
+    assert set(damaged.quality["site_flag"]) == {EMPTY}
+    assert (damaged.selection["excluded"] == "bad frames").all()
+    assert len(damaged.clips) == 0
 
 
 @pytest.mark.parametrize("value", [0, 700])
 def test_blank_movie(simulated: SimulatedSite, value: int) -> None:
     stack = np.full_like(simulated.stack, value)
-    with pytest.raises(InputError, match=f"every pixel is {value}: chunks are missing or the camera was off"):
+    with pytest.raises(SiteError, match="each frame is one value") as caught:
         process_site(stack, CHANNELS, calibration(simulated.stack), CONFIG)
+    assert caught.value.fault == "blank"
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize("everywhere", [True, False])
-def test_values_that_are_no_intensities(simulated: SimulatedSite, value: float, everywhere: bool) -> None:
+def test_a_hole_is_forgiven(simulated: SimulatedSite, site: Site, value: float) -> None:
     stack = simulated.stack.astype(np.float32)
-    stack[... if everywhere else (2, 1, 100, 100)] = value
-    with pytest.raises(InputError, match=r"NaN|nan|inf"):
-        process_site(stack, CHANNELS, calibration(simulated.stack), CONFIG)
+    stack[2, :, :20, :20] = value
+    holed = process_site(stack, CHANNELS, calibration(simulated.stack), CONFIG)
+    assert not holed.quality["bad"].any()
+    assert (holed.nuclei[2, 20:, 20:] > 0).sum() == pytest.approx((site.nuclei[2, 20:, 20:] > 0).sum(), rel=0.02)
+    # The clips show nothing there, and nothing else elsewhere.
+    assert len(holed.clips) == pytest.approx(len(site.clips), abs=1)
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_a_frame_that_is_no_image_is_repaired(simulated: SimulatedSite, value: float) -> None:
+    stack = simulated.stack.astype(np.float32)
+    stack[3, 0] = value
+    damaged = process_site(stack, CHANNELS, calibration(simulated.stack), CONFIG)
+    assert damaged.quality.loc[damaged.quality["bad"], "frame"].unique().tolist() == [3]
+    assert damaged.quality.query("frame == 3")["flags"].tolist() == [NOT_FINITE, "", ""]
+    assert (damaged.selection.loc[damaged.selection["excluded"] == KEPT, "n_repaired"] == 1).all()
+    assert len(damaged.clips) > 0
+
+
+def test_a_movie_that_is_no_image_is_flagged(simulated: SimulatedSite) -> None:
+    stack = np.full_like(simulated.stack, np.nan, np.float32)
+    damaged = process_site(stack, CHANNELS, calibration(simulated.stack), CONFIG)
+    assert set(damaged.quality["site_flag"]) == {NOT_FINITE}
+    assert len(damaged.selection) == 0
 
 
 @pytest.mark.parametrize("role", ["nucleus", "cytoplasm", "clips"])
@@ -148,3 +201,40 @@ def test_channel_that_is_not_there(simulated: SimulatedSite, role: str) -> None:
 def test_movie_that_is_too_short(simulated: SimulatedSite) -> None:
     with pytest.raises(InputError, match=r"a movie of 3 frames is too short for clips of 4 frames"):
         process_site(simulated.stack[:3], CHANNELS, calibration(simulated.stack), CONFIG)
+
+
+PLATE = SiteForm(("a", "b"), (5, 2, 64, 48))
+
+
+@pytest.mark.parametrize("channels", [("a", "b"), ("b", "a"), ("x", "b", "a")])
+def test_channels_are_known_by_name(channels: tuple[str, ...]) -> None:
+    check_form(SiteForm(channels, (5, len(channels), 64, 48)), PLATE, CONFIG.clips)
+
+
+@pytest.mark.parametrize(
+    ("site", "fault", "message"),
+    [
+        (SiteForm(("b", "c"), (5, 2, 64, 48)), "channels", r"has no channel \['a'\]; its channels are \['b', 'c'\]"),
+        (SiteForm(("a", "b"), (5, 2, 48, 64)), "shape", r"is 48 × 64 px, the sites of its plate 64 × 48 px"),
+        (SiteForm(("a", "b"), (3, 2, 64, 48)), "frames", "a movie of 3 frames is too short for clips of 4 frames"),
+        (SiteForm(("a", "b"), (9, 2, 64, 48)), "frames", "has 9 frames, the sites of its plate 5: its clips would be"),
+    ],
+)
+def test_sites_unlike_their_plate(site: SiteForm, fault: str, message: str) -> None:
+    with pytest.raises(SiteError, match=message) as caught:
+        check_form(site, PLATE, CONFIG.clips)
+    assert caught.value.fault == fault
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (type(again), again.fault, str(again)) == (SiteError, fault, str(caught.value))
+
+
+def test_more_frames_are_no_fault_where_clips_are_of_the_first_ones() -> None:
+    config = ClipsConfig(frames=4, step=1)
+    check_form(SiteForm(("a", "b"), (9, 2, 64, 48)), PLATE, config)
+    with pytest.raises(SiteError, match="too short"):
+        check_form(SiteForm(("a", "b"), (3, 2, 64, 48)), PLATE, config)
+
+
+def test_no_flag_of_a_site_is_a_part_of_another() -> None:
+    """The commonest is found by its name among joined ones."""
+    assert not any(one in other for one in FLAGS for other in FLAGS if one != other)
