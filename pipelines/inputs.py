@@ -1,10 +1,10 @@
-"""What a run starts from: plates, plate map and compounds, opened and checked against each other."""
+"""What a run starts from: plates or cells, plate map and compounds, opened and checked against each other."""
 
 from __future__ import annotations
 
 import fnmatch
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -12,7 +12,8 @@ from storage_schemas import store
 from storage_schemas.errors import InputError, SchemaError
 from storage_schemas.keys import WellKey
 from storage_schemas.plate import Plate, open_plate
-from storage_schemas.tables import COMPOUNDS, read_compounds, read_plate_map
+from storage_schemas.screen import Screen
+from storage_schemas.tables import COMPOUNDS, PLATE_MAP, open_table, read_compounds, read_plate_map
 
 if TYPE_CHECKING:  # the configuration pulls in torch, which segmentation workers do without
     from pipelines.config import InputsConfig
@@ -23,14 +24,18 @@ class Inputs:
     """Checked inputs.
 
     Attributes:
-        plates: plate name -> opened plate.
+        plates: plate name -> opened plate; none where cells are taken.
+        cells: the screen that the cells lie in which are taken instead, or None.
         plate_map: a row a well that will be run (see :data:`storage_schemas.tables.PLATE_MAP`).
+        plate_map_url: where it was read from.
         compounds: a row a compound of the plate map.
         notes: what was skipped, as the configuration allows.
     """
 
     plates: dict[str, Plate]
+    cells: Screen | None
     plate_map: pd.DataFrame
+    plate_map_url: str
     compounds: pd.DataFrame
     notes: tuple[str, ...]
 
@@ -45,28 +50,38 @@ def well_keys(table: pd.DataFrame) -> list[WellKey]:
     return [WellKey(plate, well) for plate, well in zip(table["plate"], table["well"], strict=True)]
 
 
+def annotation_identity(plate_map: pd.DataFrame, compounds: pd.DataFrame) -> list[list[dict[Any, Any]]]:
+    """What the tables say, as values that a fingerprint can be made of."""
+    return [frame.astype(object).where(frame.notna(), None).to_dict("records") for frame in (plate_map, compounds)]
+
+
 def open_inputs(config: InputsConfig) -> Inputs:
-    """Open plates and tables and check that they belong together.
+    """Open plates or cells, and their tables, and check that they belong together.
 
     Raises:
         InputError: saying what does not fit, where, and which setting or edit mends it.
     """
-    plate_map = read_plate_map(config.plate_map)
-    plates = _open_plates(config.plates)
+    lender = None if config.cells is None else _open_lender(config.cells)
+    plates = _open_plates(config.plates or ())
+    plate_map, map_url = _read_plate_map(config, lender)
     notes: list[str] = []
 
     mapped = set(well_keys(plate_map))
-    imaged = {WellKey(plate.name, well) for plate in plates.values() for well in plate.well_paths}
+    if lender is None:
+        has, imaged = "images", {WellKey(plate.name, well) for plate in plates.values() for well in plate.well_paths}
+    else:
+        has, imaged = "cells", set(well_keys(open_table(lender.plate_map, PLATE_MAP).to_pandas()))
+    names = sorted({key.plate for key in imaged})
     _settle(
         sorted(map(str, imaged - mapped)),
-        f"well(s) with images are not in the plate map {config.plate_map}",
+        f"well(s) with {has} are not in the plate map {map_url}",
         "unmapped_wells",
         config.unmapped_wells,
         notes,
     )
     _settle(
         sorted(map(str, mapped - imaged)),
-        f"well(s) of the plate map {config.plate_map} are on none of the plates {sorted(plates)}",
+        f"well(s) of the plate map {map_url} are on none of the plates {names}",
         "missing_wells",
         config.missing_wells,
         notes,
@@ -75,31 +90,58 @@ def open_inputs(config: InputsConfig) -> Inputs:
     plate_map = plate_map[here].reset_index(drop=True)
     if plate_map.empty:
         raise InputError(
-            f"no well of {config.plate_map} has images: its plates are called "
-            f"{sorted({key.plate for key in mapped})}, the images' {sorted(plates)}"
+            f"no well of {map_url} has {has}: its plates are called {sorted({key.plate for key in mapped})}, the "
+            f"{has}' {names}"
         )
     plates = {name: plate for name, plate in plates.items() if name in set(plate_map["plate"])}
-    used = set(plate_map["compound"])
-    if config.compounds is None:
+    compounds = _read_compounds(config, lender, set(plate_map["compound"]), notes)
+    cells = lender and (lender.segmented or lender)
+    return Inputs(plates, cells, plate_map, map_url, compounds, tuple(notes))
+
+
+def _open_lender(url: str) -> Screen:
+    """The screen whose cells are taken; it may itself have taken them from another."""
+    screen = Screen.open(url)
+    record = screen.read_manifest().stages.get("segment")
+    if record is None or not record.done:
+        raise InputError(
+            f"inputs.cells: {url}: its stage 'segment' (or the import of its cells) is not done: finish it"
+        )
+    return screen
+
+
+def _read_plate_map(config: InputsConfig, lender: Screen | None) -> tuple[pd.DataFrame, str]:
+    """The plate map, and where it was."""
+    if config.plate_map is not None:
+        return read_plate_map(config.plate_map), config.plate_map
+    assert lender is not None, "plates come with a plate map"
+    return open_table(lender.plate_map, PLATE_MAP).to_pandas(), lender.plate_map
+
+
+def _read_compounds(config: InputsConfig, lender: Screen | None, used: set[str], notes: list[str]) -> pd.DataFrame:
+    """A row for each compound of the plate map."""
+    if config.compounds is not None:
+        compounds, url = read_compounds(config.compounds), config.compounds
+    elif lender is not None:
+        compounds, url = open_table(lender.compounds, COMPOUNDS).to_pandas(), lender.compounds
+    else:
         compounds = pd.DataFrame({name: None for name in COMPOUNDS.schema.names}, index=range(len(used)))
         compounds["compound"] = compounds["name"] = sorted(used)
-    else:
-        compounds = read_compounds(config.compounds)
-        unknown = sorted(used - set(compounds["compound"]))
-        if unknown:
-            raise InputError(
-                f"{config.compounds}: compound(s) {unknown[:5]} of the plate map are not in it; add a row for each "
-                "(its MOA may stay empty)"
-            )
-        _settle(
-            sorted(set(compounds["compound"]) - used),
-            f"compound(s) of {config.compounds} are on no plate",
-            "unused_compounds",
-            config.unused_compounds,
-            notes,
+        return compounds
+    unknown = sorted(used - set(compounds["compound"]))
+    if unknown:
+        raise InputError(
+            f"{url}: compound(s) {unknown[:5]} of the plate map are not in it; add a row for each "
+            "(its MOA may stay empty)"
         )
-        compounds = compounds[compounds["compound"].isin(used)].reset_index(drop=True)
-    return Inputs(plates, plate_map, compounds, tuple(notes))
+    _settle(
+        sorted(set(compounds["compound"]) - used),
+        f"compound(s) of {url} are on no plate",
+        "unused_compounds",
+        config.unused_compounds,
+        notes,
+    )
+    return compounds[compounds["compound"].isin(used)].reset_index(drop=True)
 
 
 def _open_plates(patterns: tuple[str, ...]) -> dict[str, Plate]:

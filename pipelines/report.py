@@ -42,7 +42,7 @@ def report(config: RunConfig, inputs: Inputs, screen: Screen, fingerprint: str) 
         provenance={
             **{f"version of {name}": version for name, version in manifest.software.items()},
             "seed": config.seed,
-            "plates": {plate.name: plate.url for plate in inputs.plates.values()},
+            **_source(inputs),
             "fingerprints": {name: record.fingerprint for name, record in manifest.stages.items()},
             "configuration": manifest.config,
         },
@@ -64,8 +64,14 @@ def report(config: RunConfig, inputs: Inputs, screen: Screen, fingerprint: str) 
     return {"clips shown": len(examples), "compounds": len(inputs.compounds)}, []
 
 
+def _source(inputs: Inputs) -> dict[str, object]:
+    if inputs.cells is not None:
+        return {"cells of": inputs.cells.url}
+    return {"plates": {plate.name: plate.url for plate in inputs.plates.values()}}
+
+
 def _scaling_note(config: RunConfig) -> list[str]:
-    if config.segment.clips.scaling.method != "site":
+    if config.segment is None or config.segment.clips.scaling.method != "site":
         return []
     return ["Clips are scaled site by site: their brightness does not compare between sites or wells."]
 

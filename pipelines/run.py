@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import importlib.metadata
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from pipelines import embed, evaluate, index, report, segment, train
 from pipelines.cluster import cluster
 from pipelines.config import ConfigError, RunConfig, differences
-from pipelines.inputs import Inputs, open_inputs
+from pipelines.inputs import Inputs, annotation_identity, open_inputs
 from pipelines.progress import console
+from pipelines.stage import do_stage
 from pipelines.units import Counts
 from screening.similarity import suggest
 from storage_schemas import store
@@ -61,7 +62,6 @@ def run(
     stages: Sequence[Stage] = STAGES,
     *,
     update: bool = False,
-    segmented: Screen | None = None,
 ) -> int:
     """Run stages of a screen, or go on with them.
 
@@ -70,7 +70,6 @@ def run(
         out: the screen's folder or object-store prefix.
         stages: which; those before them must have been done.
         update: accept that the folder holds a run of another configuration, and do again what depends on the change.
-        segmented: a screen of the same plates whose segmented wells are taken instead of segmenting them here.
 
     Returns:
         How many wells failed, and are recorded as failed.
@@ -78,9 +77,10 @@ def run(
     Raises:
         InputError: whatever the user can mend.
     """
-    screen = Screen(store.absolute(out), segmented)
-    _check_folder(screen)
+    url = store.absolute(out)
+    _check_folder(config, url)
     inputs = open_inputs(config.inputs)
+    screen = Screen(url, inputs.cells)
     _check_settings(config, inputs)
     previous = _previous(screen, config, inputs, update)
     _write_start(config, screen, inputs, previous)
@@ -89,18 +89,23 @@ def run(
     failed = 0
     with cluster(config.resources):
         for stage in STAGES:
-            if stage in stages:
-                _run_stage(stage, config, inputs, screen)
-                failed += len(screen.failures(stage))
+            if stage not in stages:
+                continue
+            if stage == "segment" and inputs.cells is not None:
+                console.print(f"segment: the cells of {inputs.cells.url} are taken", soft_wrap=True)
+                continue
+            _run_stage(stage, config, inputs, screen)
+            failed += len(screen.failures(stage))
     return failed
 
 
-def is_done(config: RunConfig, out: str, stages: Sequence[Stage], *, segmented: Screen | None = None) -> bool:
+def is_done(config: RunConfig, out: str, stages: Sequence[Stage]) -> bool:
     """Whether :func:`run` with the same arguments would find all stages done."""
-    screen = Screen(store.absolute(out), segmented)
-    if not screen.exists():
+    url = store.absolute(out)
+    if not Screen(url).exists():
         return False
     inputs = open_inputs(config.inputs)
+    screen = Screen(url, inputs.cells)
     records = _records(screen, screen.read_manifest())
     return all(
         stage in records
@@ -111,10 +116,11 @@ def is_done(config: RunConfig, out: str, stages: Sequence[Stage], *, segmented: 
     )
 
 
-def _check_folder(screen: Screen) -> None:
-    names = [name for name in store.list_names(screen.url) if not name.startswith(".")]
-    if names and not screen.exists():
-        raise ConfigError(f"{screen.url}: holds {names[:5]} but no screen; choose a new or empty folder for --out")
+def _check_folder(config: RunConfig, url: str) -> None:
+    if names := Screen(url).foreign_names():
+        raise ConfigError(f"{url}: holds {names[:5]} but no screen; choose a new or empty folder for --out")
+    if config.inputs.cells is not None and store.absolute(config.inputs.cells) == url:
+        raise ConfigError(f"{url}: is the screen whose cells are taken (inputs.cells); choose another folder for --out")
 
 
 def _check_settings(config: RunConfig, inputs: Inputs) -> None:
@@ -129,7 +135,7 @@ def _check_settings(config: RunConfig, inputs: Inputs) -> None:
         without = sorted(set(inputs.plate_map["plate"]) - controlled)
         if without:
             raise ConfigError(
-                f"{config.inputs.plate_map}: plate(s) {without[:5]} have no well of the role negative_control to "
+                f"{inputs.plate_map_url}: plate(s) {without[:5]} have no well of the role negative_control to "
                 "normalise profiles to; name them, or set profiles.normalise.method to plate or none"
             )
 
@@ -138,7 +144,10 @@ def _previous(screen: Screen, config: RunConfig, inputs: Inputs, update: bool) -
     if not screen.exists():
         return None
     previous = screen.read_manifest()
-    if not any(record.done for record in previous.stages.values()) and not screen.done_units("segment"):
+    own = {stage for stage, record in previous.stages.items() if record.done}
+    if previous.cells is not None:
+        own -= {"segment"}
+    if not own and not Screen(screen.url).done_units("segment"):
         # Nothing has been made yet that another configuration could spoil.
         return previous
     changed = differences(previous.config, _identity(config))
@@ -160,10 +169,14 @@ def _identity(config: RunConfig) -> dict[str, Any]:
 
 def _write_start(config: RunConfig, screen: Screen, inputs: Inputs, previous: Manifest | None) -> None:
     software = {name: importlib.metadata.version(name) for name in _SOFTWARE}
+    if screen.segmented is not None and previous is not None and previous.cells is None:
+        # It has cells of its own, which none is going to look at again.
+        Screen(screen.url).remove_stage("segment")
     manifest = Manifest(
         software=software,
         config=_identity(config),
         inputs=_input_identity(inputs),
+        cells=None if screen.segmented is None else screen.segmented.url,
         stages=_records(screen, previous),
     )
     screen.write_manifest(manifest)
@@ -176,6 +189,8 @@ def _records(screen: Screen, manifest: Manifest | None) -> dict[str, StageRecord
     records = dict(manifest.stages) if manifest else {}
     if screen.segmented is not None:
         records["segment"] = screen.segmented.read_manifest().stages["segment"]
+    elif manifest is not None and manifest.cells is not None:
+        del records["segment"]
     return records
 
 
@@ -183,6 +198,8 @@ def _fingerprint(
     stage: Stage, config: RunConfig, inputs: Inputs, screen: Screen, records: Mapping[str, StageRecord]
 ) -> str:
     """Of everything that a stage's output depends on."""
+    if stage == "segment" and screen.segmented is not None:
+        return records["segment"].fingerprint
     spec = _SPECS[stage]
     before = {}
     for name in spec.after:
@@ -203,40 +220,15 @@ def _fingerprint(
 
 
 def _run_stage(stage: Stage, config: RunConfig, inputs: Inputs, screen: Screen) -> None:
-    records = screen.read_manifest().stages
-    mark = _fingerprint(stage, config, inputs, screen, records)
-    record = records.get(stage)
-    counts = {"wells": len(inputs.wells)} if stage in ("segment", "embed") else {}
-    if record is not None and record.fingerprint != mark:
-        # Said before it is done, or a kill in between would leave a stage that is done and has no files.
-        _write_record(screen, stage, StageRecord(fingerprint="", counts=counts))
-        screen.remove_stage(stage)
-        record = None
-    if record is not None and record.done and not screen.failures(stage) and _all_units(stage, inputs, screen):
-        console.print(f"{stage}: done before")
-        return
-    _write_record(screen, stage, StageRecord(fingerprint=mark, counts=counts))
-
-    start = time.monotonic()
-    counts, notes = _SPECS[stage].function(config, inputs, screen, mark)
-    _write_record(
+    mark = _fingerprint(stage, config, inputs, screen, screen.read_manifest().stages)
+    do_stage(
         screen,
         stage,
-        StageRecord(
-            fingerprint=mark,
-            done=True,
-            output=fingerprint(mark, screen.outputs(stage)),
-            counts=counts,
-            notes=notes,
-            seconds=time.monotonic() - start,
-        ),
+        mark,
+        partial(_SPECS[stage].function, config, inputs, screen, mark),
+        {"wells": len(inputs.wells)} if stage in ("segment", "embed") else {},
+        whole=_all_units(stage, inputs, screen),
     )
-    shown = ", ".join(f"{name} {count:,}" for name, count in counts.items())
-    console.print(f"{stage}: {shown} ({time.monotonic() - start:.0f} s)", soft_wrap=True)
-    for note in notes:
-        console.print(f"  note: {note}", soft_wrap=True)
-    for failure in screen.failures(stage)[:5]:
-        console.print(f"  failed: {failure.unit}: {failure.message}", soft_wrap=True)
 
 
 def _all_units(stage: Stage, inputs: Inputs, screen: Screen) -> bool:
@@ -248,19 +240,10 @@ def _all_units(stage: Stage, inputs: Inputs, screen: Screen) -> bool:
     return True
 
 
-def _write_record(screen: Screen, stage: Stage, record: StageRecord) -> None:
-    manifest = screen.read_manifest()
-    screen.write_manifest(manifest.model_copy(update={"stages": {**manifest.stages, stage: record}}))
-
-
 def _input_identity(inputs: Inputs) -> str:
     """Which images a run sees, and what the tables say of them.
 
     Plates are known by name and wells: pixels that change under the same names go unnoticed.
     """
     plates = {name: sorted(plate.well_paths.items()) for name, plate in inputs.plates.items()}
-    annotation = [
-        frame.astype(object).where(frame.notna(), None).to_dict("records")
-        for frame in (inputs.plate_map, inputs.compounds)
-    ]
-    return fingerprint(plates, annotation)
+    return fingerprint(plates, annotation_identity(inputs.plate_map, inputs.compounds))

@@ -12,9 +12,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.config import ConfigError, RunConfig, commented_default, differences, load, parse
+from pipelines.config import ConfigError, RunConfig, commented_default, differences, load, parse, with_cells_of
 from screening.clips import FixedScaling, FixedWindow, TrackWindow
 from screening.illumination import FlatField, NoIllumination
+from screening.site import SegmentConfig
 from screening.training import SGD, PlateauSchedule, TrainConfig
 
 MINIMAL: dict[str, Any] = {
@@ -31,6 +32,11 @@ def with_value(document: dict[str, Any], key: str, value: Any) -> dict[str, Any]
         node = node.setdefault(part, {})
     node[last] = value
     return changed
+
+
+def segment_of(config: RunConfig) -> SegmentConfig:
+    assert config.segment is not None
+    return config.segment
 
 
 def leaves(node: dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -55,12 +61,33 @@ def config_file(tmp_path: Path) -> Path:
 
 
 def test_only_inputs_and_the_nucleus_channel_must_be_given() -> None:
-    config = parse(MINIMAL, "test")
-    assert config.segment.channels.nucleus == "dna"
-    with pytest.raises(ConfigError) as caught:
+    assert segment_of(parse(MINIMAL, "test")).channels.nucleus == "dna"
+    with pytest.raises(ConfigError, match="inputs: Field required"):
         parse({}, "test")
-    assert "inputs: Field required" in str(caught.value)
-    assert "segment: Field required" in str(caught.value)
+    with pytest.raises(
+        ConfigError, match=r"inputs\.plates need the group segment, at least segment\.channels\.nucleus"
+    ):
+        parse({"inputs": MINIMAL["inputs"]}, "test")
+
+
+def test_cells_of_a_screen_stand_in_for_plates_and_all_that_is_done_to_them() -> None:
+    config = parse({"inputs": {"cells": "imported"}}, "test")
+    assert (config.inputs.cells, config.inputs.plates, config.segment) == ("imported", None, None)
+    for wrong, said in (
+        ({**MINIMAL["inputs"], "cells": "imported"}, "give either plates or cells"),
+        ({"plate_map": "plate_map.csv"}, "give either plates or cells"),
+        ({"plates": ["a.zarr"]}, "plates need a plate_map"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            parse({"inputs": wrong, "segment": MINIMAL["segment"]}, "test")
+    with pytest.raises(ConfigError, match=r"inputs\.cells have been cut out already: leave the group segment away"):
+        parse({"inputs": {"cells": "imported"}, "segment": MINIMAL["segment"]}, "test")
+
+
+def test_a_run_on_plates_becomes_one_on_the_cells_of_another_screen() -> None:
+    settings = with_value(with_value(MINIMAL, "inputs.compounds", "compounds.csv"), "train.epochs", 3)
+    config = with_cells_of(parse(settings, "test"), "/data/screen")
+    assert config == parse({"inputs": {"cells": "/data/screen"}, "train": {"epochs": 3}}, "test")
 
 
 def test_printed_default_is_a_valid_configuration_of_defaults() -> None:
@@ -184,6 +211,8 @@ def test_relative_paths_are_relative_to_the_configuration(config_file: Path, mon
     assert inputs.plates == (f"{config_file.parent}/plates/*.zarr",)
     assert inputs.plate_map == f"{config_file.parent}/plate_map.csv"
     assert inputs.compounds is None
+    config_file.write_text(yaml.safe_dump({"inputs": {"cells": "screens/one"}}))
+    assert load(str(config_file)).inputs.cells == f"{config_file.parent}/screens/one"
 
 
 def test_a_configuration_given_relatively_finds_the_same_files(
@@ -205,7 +234,12 @@ def test_overrides_are_yaml_and_the_last_one_counts(config_file: Path) -> None:
         str(config_file),
         ["seed=1", "seed=7", "title=a=b", "segment.labels=false", "segment.clips.step=null"],
     )
-    assert (config.seed, config.title, config.segment.labels, config.segment.clips.step) == (7, "a=b", False, None)
+    assert (config.seed, config.title, segment_of(config).labels, segment_of(config).clips.step) == (
+        7,
+        "a=b",
+        False,
+        None,
+    )
 
 
 def test_setting_a_method_drops_the_keys_of_the_old_one(config_file: Path) -> None:
@@ -225,9 +259,9 @@ def test_setting_a_method_drops_the_keys_of_the_old_one(config_file: Path) -> No
         ],
     )
     assert config.train.optimizer == SGD(momentum=0.5)
-    assert isinstance(config.segment.illumination, NoIllumination)
-    assert isinstance(config.segment.clips.window, TrackWindow)
-    assert config.segment.clips.scaling == FixedScaling(high=(255,))
+    assert isinstance(segment_of(config).illumination, NoIllumination)
+    assert isinstance(segment_of(config).clips.window, TrackWindow)
+    assert segment_of(config).clips.scaling == FixedScaling(high=(255,))
     assert isinstance(config.train.schedule, PlateauSchedule)
 
 
@@ -235,13 +269,13 @@ def test_setting_the_same_method_keeps_its_keys(config_file: Path) -> None:
     document = with_value(MINIMAL, "segment.illumination", {"method": "flat_field", "min_sites": 3})
     config_file.write_text(yaml.safe_dump(document))
     config = load(str(config_file), ["segment.illumination.method=flat_field", "segment.illumination.grid=16"])
-    assert config.segment.illumination == FlatField(min_sites=3, grid=16)
+    assert segment_of(config).illumination == FlatField(min_sites=3, grid=16)
 
 
 def test_keys_of_a_union_can_be_set_without_naming_the_default_method(config_file: Path) -> None:
     config = load(str(config_file), ["train.optimizer.lr=0.5", "segment.clips.window.size=32"])
     assert config.train.optimizer == TrainConfig().optimizer.model_copy(update={"lr": 0.5})
-    assert config.segment.clips.window == FixedWindow(size=32)
+    assert segment_of(config).clips.window == FixedWindow(size=32)
 
 
 @pytest.mark.parametrize(

@@ -67,28 +67,27 @@ def test_overriding_keeps_every_choice_of_a_union(config: RunConfig) -> None:
 
 
 def test_trials_are_ablations_times_seeds(config: RunConfig) -> None:
-    segmented = Screen("out/screen")
-    trials = plan(config, "out", ["full", "image", "full"], [3, 1], segmented)
+    trials = plan(config, "out", ["full", "image", "full"], [3, 1])
     assert [trial.name for trial in trials] == ["full-seed3", "full-seed1", "image-seed3", "image-seed1"]
     assert [trial.config.seed for trial in trials] == [3, 1, 3, 1]
     assert [trial.config.model.temporal for trial in trials] == ["retain", "retain", "image", "image"]
-    assert trials[0].screen == Screen("out/trials/full-seed3", segmented)
+    assert trials[0].screen == Screen("out/trials/full-seed3")
 
 
 def test_an_ablation_without_effect_is_left_out(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
     standard = override(config, ["model.temporal=standard"])
-    trials = plan(standard, "out", ["full", "standard-time"], [0], Screen("out/screen"))
+    trials = plan(standard, "out", ["full", "standard-time"], [0])
     assert [trial.name for trial in trials] == ["full-seed0"]
     assert "standard-time left out: the configuration has model.temporal=standard already" in " ".join(
         capsys.readouterr().err.split()
     )
     with pytest.raises(ConfigError, match="nothing to run"):
-        plan(standard, "out", ["standard-time"], [0], Screen("out/screen"))
+        plan(standard, "out", ["standard-time"], [0])
 
 
 def test_an_unknown_ablation_is_an_error(config: RunConfig) -> None:
     with pytest.raises(ConfigError, match=r"\['neck'\]; there are full, .*no-neck"):
-        plan(config, "out", ["neck"], [0], Screen("out/screen"))
+        plan(config, "out", ["neck"], [0])
 
 
 def test_more_trials_than_there_is_room_for_are_refused(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """`screening sweep`: train and test again without one part or another, over several seeds.
 
-The plates are segmented once. Each trial (an ablation with a seed) is a screen of its own that borrows the segmented
-wells and goes through the stages that depend on training. Ray Tune runs the trials; what is done is known from the
+The plates are segmented once. Each trial (an ablation with a seed) is a screen of its own that takes the cells of that
+and goes through the stages that depend on training. Ray Tune runs the trials; what is done is known from the
 screens alone, so that a command that was cut off goes on.
 """
 
@@ -18,7 +18,7 @@ import ray
 from ray import tune as ray_tune
 
 from pipelines.cluster import cluster, quiet_ray_data
-from pipelines.config import ConfigError, RunConfig, override
+from pipelines.config import ConfigError, RunConfig, override, with_cells_of
 from pipelines.progress import console
 from pipelines.run import is_done, run
 from screening.evaluation import ALL_MOAS, score_table
@@ -42,7 +42,7 @@ class Trial:
     Attributes:
         ablation: its name.
         seed: of everything random, the split too: trials of one seed hold out the same compounds.
-        config: with both applied.
+        config: with both applied, on the cells that all trials share.
         screen: where it is kept.
     """
 
@@ -58,7 +58,7 @@ class Trial:
 
     def is_done(self) -> bool:
         """Whether it has been trained and tested with this configuration."""
-        return is_done(self.config, self.screen.url, _STAGES, segmented=self.screen.segmented)
+        return is_done(self.config, self.screen.url, _STAGES)
 
 
 def sweep(
@@ -87,11 +87,11 @@ def sweep(
         InputError: whatever the user can mend.
     """
     out = store.absolute(out)
-    shared = Screen(store.join(out, "screen"))
-    trials = plan(config, out, ablations, seeds, shared)
+    shared = store.join(out, "screen")
+    trials = plan(config if config.inputs.cells else with_cells_of(config, shared), out, ablations, seeds)
     with cluster(config.resources):
         _check_room(config, concurrency)
-        failed = run(config, shared.url, ("segment",), update=update)
+        failed = 0 if config.inputs.cells else run(config, shared, ("segment",), update=update)
         left = [trial for trial in trials if not trial.is_done()]
         console.print(f"sweep: {len(trials)} trials, {len(trials) - len(left)} done before", soft_wrap=True)
         if left:
@@ -103,7 +103,7 @@ def sweep(
     return failed + len(trials) - len(done)
 
 
-def plan(config: RunConfig, out: str, ablations: Sequence[str], seeds: Sequence[int], segmented: Screen) -> list[Trial]:
+def plan(config: RunConfig, out: str, ablations: Sequence[str], seeds: Sequence[int]) -> list[Trial]:
     """The trials; an ablation that changes nothing in this configuration is said so and left out.
 
     Raises:
@@ -120,7 +120,7 @@ def plan(config: RunConfig, out: str, ablations: Sequence[str], seeds: Sequence[
             console.print(f"note: {name} left out: the configuration has {', '.join(overrides)} already")
             continue
         for seed in dict.fromkeys(seeds):
-            screen = Screen(store.join(out, "trials", f"{name}-seed{seed}"), segmented)
+            screen = Screen(store.join(out, "trials", f"{name}-seed{seed}"))
             trials.append(Trial(name, seed, override(ablated, [f"seed={seed}"]), screen))
     if not trials:
         raise ConfigError("there is nothing to run: name an ablation that changes the configuration, and a seed")
@@ -193,7 +193,7 @@ def _run_trial(space: Mapping[str, str], trials: Mapping[str, Trial], update: bo
     quiet_ray_data()
     trial = trials[space["trial"]]
     try:
-        wells = run(trial.config, trial.screen.url, _STAGES, update=update, segmented=trial.screen.segmented)
+        wells = run(trial.config, trial.screen.url, _STAGES, update=update)
     except InputError as error:
         return {"failed": str(error)}
     if wells:
