@@ -24,6 +24,7 @@ from threadpoolctl import threadpool_limits
 from screening import clips, features, quality, segmentation, tracking
 from screening.illumination import Calibration, FlatField, calibrate, correct
 from screening.simulation import CHANNELS, SimulationConfig, simulate_site
+from storage_schemas.clips import Clips
 from storage_schemas.plate import create_well, list_wells, open_plate, open_site
 
 CELLS_IN_2048 = 480
@@ -53,14 +54,13 @@ def cells_of(channel: npt.NDArray[Any], nuclei: Labels) -> Labels:
     return np.stack([segmentation.segment_cells(*planes) for planes in zip(channel, nuclei, strict=True)])
 
 
-def our_clips(
-    stack: npt.NDArray[Any], cells: Labels, tracks: features.Tracks, calibration: Calibration
-) -> npt.NDArray[np.uint8]:
+def our_clips(stack: npt.NDArray[Any], cells: Labels, tracks: features.Tracks, calibration: Calibration) -> Clips:
     frames = clips.choose_frames(len(stack), CONFIG)
     bad = np.zeros(len(stack), bool)
     chosen = clips.select(tracks, frames, bad, stack.shape[2:], CONFIG)
     kept = chosen.loc[chosen["excluded"] == clips.KEPT, "track"].to_numpy()
-    return clips.cut(stack, cells, tracks, kept, frames, bad, calibration.low, calibration.high, CONFIG)
+    ranges = clips.intensity_ranges(stack, cells, tracks, kept, frames, bad, calibration, CONFIG)
+    return clips.cut(stack, cells, tracks, kept, frames, bad, ranges.low, ranges.high, CONFIG)
 
 
 def our_way(url: str, calibration: Calibration, clock: Stopwatch) -> tuple[Labels, Labels, int]:
@@ -119,7 +119,7 @@ def main(side: int, rounds: int) -> None:
         for _ in range(rounds):
             for name, way in ways.items():
                 found[name] = way(url, calibration, clocks[name])
-            beside("quality", lambda: quality.flag_frames(quality.measure(truth.stack), quality.QualityConfig()))
+            beside("quality", quality.measure, truth.stack)
             beside("illumination", correct, truth.stack, calibration)
 
     ours, theirs = ({step: statistics.median(s) for step, s in clocks[name].seconds.items()} for name in ways)
