@@ -426,9 +426,13 @@ def _write_image(url: str, stack: Frames, channels: Sequence[str], colors: Seque
 
 def _halved(block: NDArray[Any]) -> NDArray[Any]:
     """Mean of 2 × 2 pixels; an odd last row or column is left out, as viewers expect."""
-    height, width = block.shape[-2] // 2, block.shape[-1] // 2
-    pairs = block[..., : 2 * height, : 2 * width].reshape(*block.shape[:-2], height, 2, width, 2)
-    halved: NDArray[Any] = pairs.mean(axis=(-3, -1), dtype="f4").astype(block.dtype)
+    height, width = (size // 2 * 2 for size in block.shape[-2:])
+    whole = block.dtype.kind in "iu"
+    # Four strided sums take a third of the time of a mean over axes of length 2.
+    total = block[..., 0:height:2, 0:width:2].astype(np.result_type(block.dtype, np.uint32 if whole else np.float32))
+    for y, x in ((0, 1), (1, 0), (1, 1)):
+        total += block[..., y:height:2, x:width:2]
+    halved: NDArray[Any] = (total // 4 if whole else total / 4).astype(block.dtype)
     return halved
 
 

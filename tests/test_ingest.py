@@ -1,20 +1,33 @@
 from __future__ import annotations
 
 import re
+import shutil
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ome_zarr_models.v05.hcs
+import ome_zarr_models.v05.image
+import pandas as pd
 import pytest
 import tifffile
+import zarr
 from conftest import Command
 from numpy.typing import NDArray
 
-from pipelines.ingest import IngestOptions, describe, ingest
-from screening.layouts import PatternLayout
-from storage_schemas.errors import InputError
+from pipelines import ingest as stage
+from pipelines.ingest import Ingested, IngestOptions, describe, ingest
+from pipelines.tiff import PlaneFile, SiteFiles, read_image
+from screening.layouts import Cv8000Layout, Grid, ImageXpressLayout, MitoReidLayout, PatternLayout, PhenixLayout
+from storage_schemas.errors import InputError, SchemaError
+from storage_schemas.ingest import read_record
+from storage_schemas.missing import PLANE, read_missing
 from storage_schemas.plate import open_plate, open_site
+from storage_schemas.tables import read_plate_map
+
+pytestmark = pytest.mark.usefixtures("local_ray")
 
 NAMES = r"(?P<row>[A-H])(?P<column>\d+)_s(?P<site>\d+)_t(?P<time>\d+)_(?P<channel>\w+)_z(?P<z>\d+)"
 WELLS = r"(?P<well>[A-H]\d+)\.tif"
@@ -59,7 +72,7 @@ def write_plate_files(folder: Path, rng: np.random.Generator) -> NDArray[np.uint
 def test_folder_of_planes(tmp_path: Path, rng: np.random.Generator) -> None:
     pixels = write_plate_files(tmp_path / "tiffs", rng)
     plate = tmp_path / "p1.zarr"
-    wells = ingest(str(tmp_path / "tiffs"), str(plate), options(NAMES, pixel_size=0.5, time_step=60.0))
+    wells = list(ingest(str(tmp_path / "tiffs"), str(plate), options(NAMES, pixel_size=0.5, time_step=60.0)).files)
     assert wells == ["B02", "C03"]
     opened = open_plate(str(plate))
     assert (opened.name, list(opened.well_paths)) == ("p1", ["B02", "C03"])
@@ -77,7 +90,7 @@ def test_folder_of_planes(tmp_path: Path, rng: np.random.Generator) -> None:
 def test_z_can_be_averaged(tmp_path: Path, rng: np.random.Generator) -> None:
     pixels = write_plate_files(tmp_path / "tiffs", rng)
     plate = tmp_path / "p1.zarr"
-    ingest(str(tmp_path / "tiffs"), str(plate), options(NAMES, projection="mean"))
+    ingest(str(tmp_path / "tiffs"), str(plate), options(NAMES, z="mean"))
     expected = pixels[0, 0][:, ::-1].astype(np.float64).mean(axis=2)
     np.testing.assert_allclose(stored(plate, "B02", "1"), expected, rtol=1e-6)
 
@@ -115,9 +128,11 @@ def test_files_beside_the_pattern_are_noted(tmp_path: Path, rng: np.random.Gener
     (tmp_path / "tiffs" / "notes.txt").write_text("not an image")
     done = command("ingest", tmp_path / "tiffs", tmp_path / "p.zarr", "--pattern", WELLS)
     assert done.code == 0
-    assert "note: 1 file(s) do not match the pattern and are left out: thumbnail.TIF" in done.err
-    assert "plate p: 1 well(s)" in done.out
-    assert "A01 site 0: (T, C, H, W) = (1, 1, 5, 6), channels ['0']" in done.out
+    assert "note: 1 file(s) are not named as --layout pattern says and are left out: thumbnail.TIF" in done.err
+    assert done.out.splitlines() == [
+        "plate p: 1 well(s), 1 image file(s) a well",
+        "  1 site(s) written of (T, C, H, W) = (1, 1, 5, 6), channels ['0']",
+    ]
 
 
 # --- stacks ----------------------------------------------------------------------------------
@@ -192,7 +207,7 @@ def test_wells_are_replaced_only_when_told(tmp_path: Path, rng: np.random.Genera
     plate = tmp_path / "p.zarr"
     ingest(str(write(tmp_path / "a" / "A1.tif", first)), str(plate), options(WELLS))
     write(tmp_path / "b" / "A1.tif", second)
-    with pytest.raises(InputError, match=r"has the well\(s\) \['A01'\] already; give --overwrite"):
+    with pytest.raises(InputError, match=r"has the well\(s\) \['A01'\] already, written from other .*--overwrite"):
         ingest(str(tmp_path / "b"), str(plate), options(WELLS, axes="TYX"))
     np.testing.assert_array_equal(stored(plate, "A01")[0, 0], first)
     ingest(str(tmp_path / "b"), str(plate), options(WELLS, axes="TYX", overwrite=True))
@@ -224,13 +239,13 @@ def test_mixed_sizes_and_types_are_refused(tmp_path: Path, rng: np.random.Genera
         write(folder / "A1_t0.tif", image(rng, 5, 6))
         write(folder / "A1_t1.tif", other)
         said = refused(folder, tmp_path / f"{number}.zarr", options(r"(?P<well>A1)_t(?P<time>\d)"))
-        assert "A1_t0.tif and the files of the same site differ in size or type" in said
+        assert "A1_t0.tif, files of the same site, differ in size or type" in said
 
 
 def test_shape_that_does_not_fit_the_axes(tmp_path: Path, rng: np.random.Generator) -> None:
     write(tmp_path / "A1.tif", image(rng, 4, 5, 6))
     said = refused(tmp_path, tmp_path / "p.zarr", options(WELLS))
-    assert said == f"{tmp_path}/A1.tif: has the shape (4, 5, 6), --axes YX says 2 dimensions"
+    assert said.endswith(f"; A01: {tmp_path}/A1.tif: has the shape (4, 5, 6), --axes YX says 2 dimensions")
     assert "--axes TCYX says 4 dimensions" in refused(tmp_path, tmp_path / "p.zarr", options(WELLS, axes="TCYX"))
 
 
@@ -263,29 +278,22 @@ def test_truncated_files_are_named_wherever_they_end(
     whole = file.read_bytes()
     for length in (0, 4, 100, *range(200, len(whole) - 1, 397)):
         file.write_bytes(whole[:length])
-        said = refused(tmp_path / "tiffs", tmp_path / "p.zarr", options(WELLS, axes="TYX"))
-        assert said.startswith(f"{file}: "), length
-        assert not (tmp_path / "p.zarr").exists()
+        with pytest.raises(SchemaError) as caught:
+            read_image(str(file), "TYX")
+        assert str(caught.value).startswith(f"{file}: "), length
+    said = refused(tmp_path / "tiffs", tmp_path / "p.zarr", options(WELLS, axes="TYX"))
+    assert said.startswith(f"none of 1 well(s) could be written; A01: {file}: ")
+    assert not (tmp_path / "p.zarr" / "zarr.json").exists()
     file.write_bytes(whole)
     ingest(str(tmp_path / "tiffs"), str(tmp_path / "p.zarr"), options(WELLS, axes="TYX"))
     np.testing.assert_array_equal(stored(tmp_path / "p.zarr", "A01")[:, 0], pixels)
-
-
-def test_what_was_written_before_an_unreadable_file_stays(tmp_path: Path, rng: np.random.Generator) -> None:
-    first = image(rng, 5, 6)
-    write(tmp_path / "A1.tif", first)
-    (tmp_path / "A2.tif").write_text("not an image")
-    said = refused(tmp_path, tmp_path / "p.zarr", options(WELLS))
-    assert said.startswith(f"{tmp_path}/A2.tif: is not a readable TIFF image")
-    assert list(open_plate(str(tmp_path / "p.zarr")).well_paths) == ["A01"]
-    np.testing.assert_array_equal(stored(tmp_path / "p.zarr", "A01")[0, 0], first)
 
 
 def test_site_names_that_ngff_does_not_allow(tmp_path: Path, rng: np.random.Generator) -> None:
     write(tmp_path / "A1_s-1.tif", image(rng, 5, 6))
     said = refused(tmp_path, tmp_path / "p.zarr", options(r"(?P<well>A1)_(?P<site>s-\d)"))
     assert "site A01/s-1: NGFF names sites by letters and digits alone" in said
-    assert not (tmp_path / "p.zarr").exists()
+    assert not (tmp_path / "p.zarr" / "zarr.json").exists()
 
 
 @pytest.mark.parametrize("files", [(), ("notes.txt",)])
@@ -301,8 +309,10 @@ def test_folders_without_images(tmp_path: Path, files: Sequence[str]) -> None:
 def test_a_users_mistakes_on_the_command_line(tmp_path: Path, rng: np.random.Generator, command: Command) -> None:
     write(tmp_path / "A1.tif", image(rng, 5, 6))
     plate = tmp_path / "p.zarr"
-    done = command("ingest", tmp_path, plate, "--pattern", "(?P<well>A1)", "--projection", "sum")
-    assert (done.code, "neither max nor mean" in done.err) == (2, True)
+    done = command("ingest", tmp_path, plate, "--pattern", "(?P<well>A1)", "--z", "sum")
+    assert (done.code, "'sum' is not one of" in done.err) == (2, True)
+    done = command("ingest", tmp_path, plate, "--layout", "cv8000", "--pattern", "x", "--well", "A1")
+    assert (done.code, "--pattern, --well is for --layout pattern" in done.err) == (2, True)
     done = command("ingest", tmp_path, plate, "--pattern", "(?P<wel>A1)")
     assert (done.code, "did you mean 'well'?" in done.err) == (1, True)
     assert not plate.exists()
@@ -338,27 +348,399 @@ def test_real_stacks(tmp_path: Path, real_data: Path, name: str, shape: tuple[in
     np.testing.assert_array_equal(pixels[:, 0], expected)
 
 
-def test_imagexpress_export(tmp_path: Path, real_data: Path) -> None:
+# --- what instruments write ------------------------------------------------------------------
+
+
+def valid(plate: Path) -> None:
+    """Check a plate, its wells, images and their levels against the specification."""
+    hcs = ome_zarr_models.v05.hcs.HCS.from_zarr(zarr.open_group(plate, mode="r"))
+    for well in hcs.well_groups:
+        assert well.ome_attributes is not None
+    opened = open_plate(str(plate))
+    for name in opened.well_paths:
+        for url in opened.sites(name).values():
+            ome_zarr_models.v05.image.Image.from_zarr(zarr.open_group(url, mode="r"))
+
+
+def channel_entries(plate: Path, well: str, site: str) -> list[tuple[str, str]]:
+    attributes = zarr.open_group(open_plate(str(plate)).sites(well)[site], mode="r").attrs.asdict()
+    return [(entry["label"], entry["color"]) for entry in attributes["ome"]["omero"]["channels"]]
+
+
+@pytest.mark.parametrize("z", ["max", "mean", "none"])
+def test_imagexpress_stack(tmp_path: Path, real_data: Path, z: Any) -> None:
     folder = real_data / "vendor_layouts" / "ImageXpress" / "9987_Plate_3434"
-    pattern = (
-        r"TimePoint_(?P<time>\d+)/ZStep_(?P<z>[1-9]\d*)/\d+_(?P<well>[A-P]\d+)_s(?P<site>\d+)_w(?P<channel>\d)\.TIF"
-    )
     plate = tmp_path / "3434.zarr"
-    assert ingest(str(folder), str(plate), options(pattern, channels=("a", "b", "c"))) == ["B02", "B03"]
+    done = ingest(str(folder), str(plate), IngestOptions(layout=ImageXpressLayout(), z=z))
+    # 2 sites × 3 channels × 3 z folders a well, of which ZStep_0 is the microscope's own projection.
+    assert done.files == {"B02": 12, "B03": 12}
+    assert done.left_out["well"].value_counts().to_dict() == {"B02": 6, "B03": 6}
+    valid(plate)
     for well in ("B02", "B03"):
         for site in ("1", "2"):
-            # ZStep_0 is the microscope's own projection, which the pattern leaves out.
-            expected = [
-                np.max(
+            planes = np.array(
+                [
                     [
-                        tifffile.imread(folder / f"TimePoint_1/ZStep_{z}/9987_{well}_s{site}_w{channel}.TIF")
-                        for z in (1, 2)
-                    ],
-                    axis=0,
-                )
-                for channel in (1, 2, 3)
-            ]
-            np.testing.assert_array_equal(stored(plate, well, site), np.array(expected)[None])
-    lines = list(describe(str(plate)))
-    assert lines[0] == "plate 3434: 2 well(s)"
-    assert sum(bool(re.search(r"\(1, 3, 256, 256\), channels \['a', 'b', 'c'\]", line)) for line in lines) == 4
+                        tifffile.imread(folder / f"TimePoint_1/ZStep_{step}/9987_{well}_s{site}_w{channel}.TIF")
+                        for step in (1, 2)
+                    ]
+                    for channel in (1, 2, 3)
+                ]
+            )
+            image = open_site(open_plate(str(plate)).sites(well)[site])
+            assert image.axes == ("tczyx" if z == "none" else "tcyx")
+            assert image.pixel_size == pytest.approx(1.3672)
+            assert image.channels == ("DAPI", "FITC", "Texas Red")
+            if z == "mean":
+                np.testing.assert_allclose(image.read()[0], planes.mean(axis=1), rtol=1e-6)
+            else:
+                np.testing.assert_array_equal(image.read()[0], planes.max(axis=1))
+            if z == "none":
+                np.testing.assert_array_equal(zarr.open_array(image.url + "/0")[0], planes)
+    assert channel_entries(plate, "B02", "1") == [("DAPI", "0000FF"), ("FITC", "00FF00"), ("Texas Red", "FF0000")]
+    missing = read_missing(str(plate))
+    # z plane 3 and channel 4 are promised, and nowhere.
+    assert missing["promised"].all()
+    assert missing.groupby(["channel", "z"]).size().to_dict() == {
+        ("1", 3): 4, ("2", 3): 4, ("3", 3): 4, ("4", 1): 4, ("4", 2): 4, ("4", 3): 4,
+    }  # fmt: skip
+
+
+def test_imagexpress_movie_goes_on_without_what_its_htd_promises(
+    tmp_path: Path, real_data: Path, command: Command
+) -> None:
+    folder = real_data / "vendor_layouts" / "ImageXpress" / "9987_Plate_3435"
+    plate = tmp_path / "3435.zarr"
+    done = command("ingest", folder, plate, "--layout", "imagexpress")
+    assert done.code == 0
+    assert "plate 3435: 2 well(s), 8 image file(s) a well" in done.out
+    assert "80 plane(s) are missing, 80 of them promised by the metadata; 0 are zeros" in done.out
+    valid(plate)
+    missing = read_missing(str(plate))
+    # Six time points and four wavelengths are promised, of which two and two are there.
+    assert len(missing) == 2 * 2 * (6 * 4 - 2 * 2)
+    assert set(missing["written"]) == {"no"}
+    site = open_site(open_plate(str(plate)).sites("B03")["2"])
+    assert (site.shape, site.channels) == ((2, 2, 256, 256), ("DAPI", "FITC"))
+    # The two images were taken at 13:15:50.916 and 13:16:20.945.
+    assert site.time_step == pytest.approx(30.029)
+    for t in (0, 1):
+        expected = tifffile.imread(folder / f"TimePoint_{t + 1}/9987_B03_s2_w2.TIF")
+        np.testing.assert_array_equal(site.read(channels=["FITC"], frames=[t])[0, 0], expected)
+
+
+def test_imagexpress_plate_of_one_image(tmp_path: Path, real_data: Path) -> None:
+    plate = tmp_path / "3420.zarr"
+    folder = real_data / "vendor_layouts" / "ImageXpress" / "9987_Plate_3420"
+    done = ingest(str(folder), str(plate), IngestOptions(layout=ImageXpressLayout()))
+    assert (done.files, done.missing.empty) == ({"B02": 1}, True)
+    assert not (plate / "missing_planes.csv").exists()
+    valid(plate)
+    np.testing.assert_array_equal(stored(plate, "B02", "1")[0, 0], tifffile.imread(folder / "TimePoint_1/9987_B02.TIF"))
+
+
+def test_cv8000_export(tmp_path: Path, real_data: Path) -> None:
+    plate = tmp_path / "cv.zarr"
+    folder = real_data / "vendor_layouts" / "CV8000"
+    done = ingest(str(folder), str(plate), IngestOptions(layout=Cv8000Layout(), z="none"))
+    assert done.files == dict.fromkeys(("D08", "E03", "F08"), 4 * 4 * 2)
+    assert done.left_out["reason"].tolist() == ["correction image"] * 6
+    valid(plate)
+    site = open_site(open_plate(str(plate)).sites("E03")["4"])
+    assert zarr.open_array(site.url + "/0").shape == (1, 2, 4, 2000, 2000)
+    assert (site.channels, site.pixel_size) == (("BP445/45", "BP525/50"), 0.325)
+
+
+def write_cv8000(folder: Path, rng: np.random.Generator) -> NDArray[np.uint16]:
+    """One well × two fields × two channels × two z planes: (2, 2, 2, 6, 8)."""
+    pixels = image(rng, 2, 2, 2, 6, 8)
+    for f, c, z in np.ndindex(pixels.shape[:3]):
+        write(folder / f"a plate_C05_T0001F{f + 1:03d}L01A01Z{z + 1:02d}C{c + 1:02d}.tif", pixels[f, c, z])
+    write(folder / "DC_DCAM#1_CAM3.tif", image(rng, 6, 8))
+    return pixels
+
+
+def test_cv8000_names_alone(tmp_path: Path, rng: np.random.Generator) -> None:
+    pixels = write_cv8000(tmp_path / "in", rng)
+    ingest(str(tmp_path / "in"), str(tmp_path / "p.zarr"), IngestOptions(layout=Cv8000Layout()))
+    valid(tmp_path / "p.zarr")
+    for f in (0, 1):
+        np.testing.assert_array_equal(stored(tmp_path / "p.zarr", "C05", str(f + 1))[0], pixels[f].max(axis=1))
+
+
+def test_phenix_export_with_a_frame_missing(tmp_path: Path, rng: np.random.Generator) -> None:
+    pixels = image(rng, 2, 3, 2, 6, 8)  # fields, times, channels
+    folder = tmp_path / "in" / "Images"
+    for f, t, c in np.ndindex(pixels.shape[:3]):
+        name = f"r02c03f{f + 1:02d}p01-ch{c + 1}sk{t + 1}fk1fl1.tiff"
+        if (f, t, c) != (1, 1, 0):
+            write(folder / name, pixels[f, t, c], compression="lzw")
+    names = "".join(
+        f"<Image><URL>r02c03f{f:02d}p01-ch{c}sk{t}fk1fl1.tiff</URL><ChannelName>{('dna', 'tmrm')[c - 1]}</ChannelName>"
+        f"<ImageResolutionX Unit='m'>5.98E-07</ImageResolutionX>"
+        f"<MeasurementTimeOffset Unit='s'>{90 * t}</MeasurementTimeOffset></Image>"
+        for f in (1, 2)
+        for t in (1, 2, 3)
+        for c in (1, 2)
+    )
+    (folder / "Index.idx.xml").write_text(f"<EvaluationInputData><Images>{names}</Images></EvaluationInputData>")
+    plate = tmp_path / "p.zarr"
+    ingest(str(tmp_path / "in"), str(plate), IngestOptions(layout=PhenixLayout()))
+    valid(plate)
+    site = open_site(open_plate(str(plate)).sites("B03")["2"])
+    assert (site.channels, site.pixel_size, site.time_step) == (("dna", "tmrm"), 0.598, 90.0)
+    pixels[1, 1, 0] = 0
+    np.testing.assert_array_equal(site.read(), pixels[1])
+    assert read_missing(str(plate)).values.tolist() == [["B03", "2", 2, "1", 1, True, "zeros"]]
+
+
+def test_mitoreid_fields_get_wells_and_a_plate_map(tmp_path: Path, rng: np.random.Generator) -> None:
+    pixels = {drug: image(rng, 2, 3, 6, 8) for drug in ("dmso", "dmso-2", "10", "2", "2-2")}
+    for drug, movie in pixels.items():
+        for t, c in np.ndindex(2, 3):
+            write(tmp_path / "in" / drug / f"{drug}_{t + 1}_w{c + 1}.tif", movie[t, c])
+    plate = tmp_path / "l1.zarr"
+    done = ingest(str(tmp_path / "in"), str(plate), IngestOptions(layout=MitoReidLayout()))
+    valid(plate)
+    assert done.plate_map == str(tmp_path / "l1.plate_map.csv")
+    plate_map = read_plate_map(done.plate_map)
+    assert plate_map[["plate", "well", "compound", "role", "replicate"]].values.tolist() == [
+        ["l1", "A01", "dmso", "negative_control", "1"],
+        ["l1", "A02", "dmso", "negative_control", "2"],
+        ["l1", "A03", "2", "treatment", "1"],
+        ["l1", "A04", "2", "treatment", "2"],
+        ["l1", "A05", "10", "treatment", "1"],
+    ]
+    for well, drug in zip(plate_map["well"], ("dmso", "dmso-2", "2", "2-2", "10"), strict=True):
+        np.testing.assert_array_equal(stored(plate, well, "1"), pixels[drug])
+
+
+def test_a_patterns_missing_planes_become_zeros_when_told(
+    tmp_path: Path, rng: np.random.Generator, command: Command
+) -> None:
+    pixels = write_plate_files(tmp_path / "tiffs", rng)
+    for name in ("C3_s2_t001_dna_z0.tif", "C3_s2_t001_dna_z1.tif", "B2_s1_t000_tmrm_z1.tif"):
+        next((tmp_path / "tiffs").rglob(name)).unlink()
+    plate = tmp_path / "p.zarr"
+    done = command("ingest", tmp_path / "tiffs", plate, "--pattern", NAMES, "--allow-missing")
+    assert done.code == 0
+    assert "3 plane(s) are missing, 0 of them promised by the metadata; 2 are zeros" in done.out
+    pixels = pixels[:, :, :, ::-1]
+    lost = pixels[1, 1].max(axis=2)
+    lost[1, 0] = 0
+    np.testing.assert_array_equal(stored(plate, "C03", "2"), lost)
+    # z is projected from what is there.
+    one_plane = pixels[0, 0].max(axis=2)
+    one_plane[0, 1] = pixels[0, 0, 0, 1, 0]
+    np.testing.assert_array_equal(stored(plate, "B02", "1"), one_plane)
+    missing = read_missing(str(plate))
+    assert missing[[*PLANE, "written"]].values.tolist() == [
+        ["B02", "1", 0, "tmrm", 1, "without"],
+        ["C03", "2", 1, "dna", 0, "zeros"],
+        ["C03", "2", 1, "dna", 1, "zeros"],
+    ]
+
+
+# --- wells that fail, and wells that are there -----------------------------------------------
+
+
+def three_wells(folder: Path, rng: np.random.Generator) -> NDArray[np.uint16]:
+    pixels = image(rng, 3, 40, 50)
+    for w in range(3):
+        write(folder / f"A{w + 1}.tif", pixels[w], compression="lzw")
+    return pixels
+
+
+def damaged(path: Path, how: str) -> None:
+    whole = path.read_bytes()
+    if how == "truncated":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "text":
+        path.write_text("not an image")
+    elif how == "colour":
+        tifffile.imwrite(path, np.zeros((40, 50, 3), np.uint8), photometric="rgb")
+    elif how == "pages":
+        write(path, np.zeros((4, 40, 50), np.uint16))
+    elif how == "forms":
+        with tifffile.TiffWriter(path) as file:
+            for shape in ((40, 50), (20, 30)):
+                file.write(np.ones(shape, np.uint16), metadata=None, contiguous=False)
+    elif how == "mask":
+        tifffile.imwrite(path, np.zeros((40, 50), bool))
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("truncated", "is not a readable TIFF image"),
+        ("empty", "is not a readable TIFF image"),
+        ("text", "is not a readable TIFF image"),
+        ("colour", r"is a colour image of shape \(40, 50, 3\)"),
+        ("pages", r"has the shape \(4, 40, 50\), --axes YX"),
+        ("forms", "holds 2 images of different forms"),
+        ("mask", "has pixels of type bool"),
+    ],
+)
+def test_a_bad_file_costs_its_well_and_can_be_mended(
+    tmp_path: Path, rng: np.random.Generator, command: Command, how: str, said: str
+) -> None:
+    pixels = three_wells(tmp_path / "in", rng)
+    file, plate = tmp_path / "in" / "A2.tif", tmp_path / "p.zarr"
+    whole = file.read_bytes()
+    damaged(file, how)
+    done = command("ingest", tmp_path / "in", plate, "--pattern", WELLS)
+    assert done.code == 3
+    assert re.search(rf"failed: A02: {file}: {said}", done.out)
+    assert list(open_plate(str(plate)).well_paths) == ["A01", "A03"]
+    assert list(read_record(str(plate)).failed) == ["A02"]
+    assert not (plate / "A" / "02").exists()
+    valid(plate)
+    # Once it is mended, only what is missing is done.
+    written = {well: (plate / "A" / well / "zarr.json").stat().st_mtime_ns for well in ("01", "03")}
+    file.write_bytes(whole)
+    done = command("ingest", tmp_path / "in", plate, "--pattern", WELLS)
+    assert done.code == 0
+    assert "3 well(s), 2 of them there already" in done.out
+    assert {well: (plate / "A" / well / "zarr.json").stat().st_mtime_ns for well in written} == written
+    assert read_record(str(plate)).failed == {}
+    for w in range(3):
+        np.testing.assert_array_equal(stored(plate, f"A0{w + 1}")[0, 0], pixels[w])
+
+
+def test_a_second_run_changes_nothing(tmp_path: Path, rng: np.random.Generator) -> None:
+    three_wells(tmp_path / "in", rng)
+    plate = tmp_path / "p.zarr"
+    assert ingest(str(tmp_path / "in"), str(plate), options(WELLS)).kept == ()
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in plate.rglob("*") if path.is_file()}
+    again = ingest(str(tmp_path / "in"), str(plate), options(WELLS))
+    assert again.kept == ("A01", "A02", "A03")
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in plate.rglob("*") if path.is_file()} == before
+    for changed in ({"pixel_size": 0.5}, {"z": "mean"}, {"channels": ("dna",)}):
+        with pytest.raises(InputError, match="written from other files or in another way"):
+            ingest(str(tmp_path / "in"), str(plate), options(WELLS, **changed))
+    assert ingest(str(tmp_path / "in"), str(plate), options(WELLS, pixel_size=0.5, overwrite=True)).kept == ()
+    assert open_site(open_plate(str(plate)).sites("A02")["0"]).pixel_size == 0.5
+
+
+def test_a_well_that_is_being_replaced_is_not_named(tmp_path: Path, rng: np.random.Generator) -> None:
+    three_wells(tmp_path / "in", rng)
+    plate = tmp_path / "p.zarr"
+    ingest(str(tmp_path / "in"), str(plate), options(WELLS))
+    damaged(tmp_path / "in" / "A2.tif", "truncated")
+    done = ingest(str(tmp_path / "in"), str(plate), options(WELLS, overwrite=True))
+    assert list(done.failed) == ["A02"]
+    assert list(open_plate(str(plate)).well_paths) == ["A01", "A03"]
+
+
+def test_an_interrupted_ingest_goes_on(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = three_wells(tmp_path / "in", rng)
+    plate = tmp_path / "p.zarr"
+    honest = stage._Writer._commit
+    named: list[list[str]] = []
+
+    def stopping(writer: stage._Writer) -> None:
+        honest(writer)
+        named.append(sorted(writer.named))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage._Writer, "_commit", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        ingest(str(tmp_path / "in"), str(plate), options(WELLS))
+    monkeypatch.undo()
+    assert list(open_plate(str(plate)).well_paths) == named[0]
+    done = ingest(str(tmp_path / "in"), str(plate), options(WELLS))
+    assert list(done.kept) == named[0]
+    for w in range(3):
+        np.testing.assert_array_equal(stored(plate, f"A0{w + 1}")[0, 0], pixels[w])
+
+
+def test_wells_of_several_sources_keep_their_records(tmp_path: Path, rng: np.random.Generator) -> None:
+    write(tmp_path / "a" / "A1_t0.tif", image(rng, 5, 6))
+    write(tmp_path / "a" / "A1_t2.tif", image(rng, 5, 6))
+    write(tmp_path / "a" / "A1_t3.tif", image(rng, 5, 6))
+    write(tmp_path / "b" / "B1_t0.tif", image(rng, 5, 6))
+    plate = tmp_path / "p.zarr"
+    for source in ("a", "b"):
+        ingest(str(tmp_path / source), str(plate), options(r"(?P<well>[AB]1)_t(?P<time>\d)", allow_missing=True))
+    assert read_missing(str(plate))["well"].tolist() == ["A01"]
+    assert set(read_record(str(plate)).wells) == {"A01", "B01"}
+    assert stored(plate, "A01").shape[0] == 4
+    write(tmp_path / "a" / "A1_t1.tif", image(rng, 5, 6))
+    ingest(str(tmp_path / "a"), str(plate), options(r"(?P<well>[AB]1)_t(?P<time>\d)", overwrite=True))
+    assert read_missing(str(plate)).empty
+
+
+# --- lazily ----------------------------------------------------------------------------------
+
+
+def test_a_site_reads_its_files_frame_by_frame(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = image(rng, 3, 2, 5, 6)
+    files = [PlaneFile(str(write(tmp_path / f"t{t}c{c}.tif", pixels[t, c])), t, str(c), 0) for t, c in np.ndindex(3, 2)]
+    read: list[str] = []
+
+    def reading(url: str, axes: str) -> NDArray[Any]:
+        read.append(Path(url).name)
+        return read_image(url, axes)
+
+    monkeypatch.setattr("pipelines.tiff.read_image", reading)
+    site = SiteFiles(files, Grid((0, 1, 2), ("0", "1"), (0,)), "YX", "max")
+    assert (site.shape, site.dtype, read) == ((3, 2, 5, 6), np.uint16, [])
+    np.testing.assert_array_equal(site[1], pixels[1])
+    assert read == ["t1c0.tif", "t1c1.tif"]
+
+
+def test_a_stack_is_read_once(tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = image(rng, 2, 3, 5, 6)  # channels, times
+    files = [PlaneFile(str(write(tmp_path / f"c{c}.tif", pixels[c])), 0, str(c), 0) for c in (0, 1)]
+    read: list[str] = []
+
+    def reading(url: str, axes: str) -> NDArray[Any]:
+        read.append(Path(url).name)
+        return read_image(url, axes)
+
+    monkeypatch.setattr("pipelines.tiff.read_image", reading)
+    site = SiteFiles(files, Grid((0,), ("0", "1"), (0,)), "TYX", "max")
+    np.testing.assert_array_equal([site[t] for t in range(3)], pixels.swapaxes(0, 1))
+    assert read == ["c0.tif", "c1.tif"]
+
+
+@pytest.mark.parametrize("dtype", ["uint8", ">u2", "<u2", "int16", "float32"])
+def test_pixels_keep_their_type(tmp_path: Path, dtype: str) -> None:
+    pixels = np.arange(-15, 15).reshape(5, 6).astype(dtype)
+    write(tmp_path / "A1.tif", pixels)
+    ingest(str(tmp_path), str(tmp_path / "p.zarr"), options(WELLS))
+    back = stored(tmp_path / "p.zarr", "A01")[0, 0]
+    assert back.dtype == np.dtype(dtype).newbyteorder("=")
+    np.testing.assert_array_equal(back, pixels)
+
+
+def test_an_htd_without_images(tmp_path: Path, real_data: Path) -> None:
+    shutil.copy(real_data / "vendor_layouts/ImageXpress/9987_Plate_3420/9987.HTD", tmp_path)
+    said = refused(tmp_path, tmp_path / "p.zarr", IngestOptions(layout=ImageXpressLayout()))
+    assert "layout imagexpress matches none of 0 image file names" in said
+    assert "9987.HTD promises 1 planes" in said
+
+
+def test_what_is_told_of_an_ingest() -> None:
+    missing = pd.DataFrame(
+        [["B02", "1", 1, "1", 1, True, "no"], ["B02", "1", 2, "1", 1, False, "zeros"]],
+        columns=[*PLANE, "promised", "written"],
+    )
+    left_out = pd.DataFrame([["a.tif", "", "thumbnail"]], columns=["path", "well", "reason"])
+    sites = Counter({((1, 1, 4, 4), ("dna",)): 3})
+    done = Ingested("p.zarr", "p", {"A01": 2, "A02": 1}, ("A01",), {"A03": "broken"}, sites, left_out, missing, "m.csv")
+    assert list(describe(done)) == [
+        "plate p: 2 well(s), 1 of them there already, 1 to 2 image file(s) a well",
+        "  3 site(s) written of (T, C, H, W) = (1, 1, 4, 4), channels ['dna']",
+        "  1 file(s) left out: thumbnail",
+        "  2 plane(s) are missing, 1 of them promised by the metadata; 1 are zeros in the plate: well B02, site 1, "
+        "time 1, channel 1, z 1; well B02, site 1, time 2, channel 1, z 1; all in p.zarr/missing_planes.csv",
+        "  plate map: m.csv",
+        "  failed: A03: broken",
+    ]
