@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import dask
 import dask.array as da
+import cv2
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -98,6 +99,8 @@ def segment_well(context: _Context, well: WellKey) -> float:
     Returns:
         The share of its sites that failed.
     """
+    # As many wells run at once as there are cores, and OpenCV would start a thread a core in each of them.
+    cv2.setNumThreads(1)
     screen, plate = context.screen, context.plates[well.plate]
     if well.plate not in context.forms or not exists(screen.calibration(well.plate)):
         raise InputError(f"{plate.url}: none of the sites sampled for its calibration can be used")
@@ -191,7 +194,7 @@ def _plate_forms(inputs: Inputs) -> dict[str, SiteForm]:
 
 def _check_channels(config: SegmentConfig, inputs: Inputs, forms: Mapping[str, SiteForm]) -> None:
     named = config.channels
-    wanted = [named.nucleus, named.cytoplasm, *(named.clips or ())]
+    wanted = [named.nucleus, named.cytoplasm, named.network, *(named.clips or ())]
     first = next(iter(forms), "")
     for name, form in forms.items():
         url = inputs.plates[name].url
@@ -199,7 +202,7 @@ def _check_channels(config: SegmentConfig, inputs: Inputs, forms: Mapping[str, S
         if missing:
             raise InputError(
                 f"{url}: has no channel {missing}; its channels are {list(form.channels)}: set "
-                "segment.channels.nucleus, .cytoplasm and .clips to these names"
+                "segment.channels.nucleus, .cytoplasm, .network and .clips to these names"
             )
         if named.clips is None and form.channels != forms[first].channels:
             raise InputError(
@@ -342,7 +345,7 @@ def _cells_table(key: SiteKey, site: Site, first_clip: int) -> pa.Table:
             "well": key.well,
             "site": key.site,
             "track": selection["track"],
-            "parent": parent.reindex(selection["track"]).astype("Int32").to_numpy(),
+            "parent": parent.reindex(selection["track"]).astype("Int32").reset_index(drop=True),
             "first_frame": present.argmax(axis=1),
             "last_frame": n_frames - 1 - present[:, ::-1].argmax(axis=1),
             "n_frames": present.sum(axis=1),
