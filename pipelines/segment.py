@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import cv2
 import dask
 import dask.array as da
-import cv2
 import numpy as np
 import pandas as pd
 import pyarrow as pa
