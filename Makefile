@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format clean
+.PHONY: help demo test test-slow lint format benchmark-site benchmark-ray clean
 
 help:
 	@echo "make demo       simulate a small screen, run every stage, ask it a question (into demo/)"
@@ -15,6 +15,8 @@ help:
 	@echo "make test-slow  the slow tests: whole runs, kills and resumes"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff rewrite the code"
+	@echo "make benchmark-site  a site's steps, speed and F1, beside the plain scikit-image way"
+	@echo "make benchmark-ray   the stage segment on two cores beside a plain loop on one"
 	@echo "make clean      remove the environment, caches, builds and demo/"
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -39,6 +41,13 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+benchmark-site: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/site.py 1024
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/site.py 2048 3
+
+benchmark-ray: $(INSTALLED)
+	$(BIN)/python benchmarks/ray_stage.py
 
 clean:
 	rm -rf $(VENV) demo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
