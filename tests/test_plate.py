@@ -8,8 +8,9 @@ import threading
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import fsspec
 import numpy as np
 import ome_zarr_models.v04.hcs
 import ome_zarr_models.v05.hcs
@@ -18,14 +19,17 @@ import ome_zarr_models.v05.image_label
 import ome_zarr_models.v05.labels
 import pytest
 import zarr
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from pipelines.config import InputsConfig
+from pipelines.inputs import open_inputs
 from storage_schemas import arrays, store
 from storage_schemas import plate as plates
 from storage_schemas.errors import InputError, SchemaError
-from storage_schemas.plate import create_well, list_wells, open_labels, open_plate, open_site, write_labels
+from storage_schemas.plate import create_well, list_wells, open_labels, open_plate, open_site, read_notes, write_labels
 
 
 @pytest.fixture(params=["local", "memory"], scope="session")
@@ -56,18 +60,15 @@ well_names = st.builds("{}{:02d}".format, st.sampled_from(["A", "H", "AF"]), st.
 
 @st.composite
 def layouts(draw: st.DrawFn) -> tuple[list[str], dict[str, dict[str, NDArray[Any]]]]:
-    """Channel names, and stacks by well and site: sites differ in time points, size and dtype."""
+    """Channel names, and stacks by well and site: sites differ in time points, z planes, size and dtype."""
     channels = draw(channel_names)
-    sizes = st.tuples(
-        st.integers(1, 3), st.just(len(channels)), *(st.integers(1, 40) for _ in range(2)), st.integers(0, 99)
-    )
+    zs = st.just(()) | st.tuples(st.integers(1, 4))
+    plane = st.tuples(*(st.integers(1, 40) for _ in range(2)))
+    shapes = st.tuples(st.integers(1, 3), zs, plane).map(lambda s: (s[0], len(channels), *s[1], *s[2]))
     dtypes = st.sampled_from(["uint8", "uint16", "int16", "uint32", "float32", "float64"])
-    sites = st.dictionaries(st.sampled_from(["0", "1", "s3"]), st.tuples(sizes, dtypes), min_size=1, max_size=2)
-    wells = draw(st.dictionaries(well_names, sites, min_size=1, max_size=2))
-    return channels, {
-        well: {site: stack_of(size[:4], dtype, size[4]) for site, (size, dtype) in sites.items()}
-        for well, sites in wells.items()
-    }
+    stacks = st.builds(stack_of, shapes, dtypes, st.integers(0, 99))
+    sites = st.dictionaries(st.sampled_from(["0", "1", "s3"]), stacks, min_size=1, max_size=2)
+    return channels, draw(st.dictionaries(well_names, sites, min_size=1, max_size=2))
 
 
 @given(layout=layouts())
@@ -78,7 +79,7 @@ def test_a_plate_reads_back(
     channels, wells = layout
     url = fresh()
     for well, sites in wells.items():
-        create_well(url, well, sites, channels, pixel_size=0.65, time_step=120.0)
+        create_well(url, well, sites, channels, pixel_size=0.65, time_step=120.0, z_step=2.0)
     list_wells(url, "plate 1", list(wells))
     plate = open_plate(url)
     assert plate.name == "plate 1"
@@ -88,12 +89,15 @@ def test_a_plate_reads_back(
         assert list(urls) == list(sites)
         for site, stack in sites.items():
             image = open_site(urls[site])
-            assert (image.axes, image.shape, image.channels) == ("tcyx", stack.shape, tuple(channels))
+            projected = stack.max(axis=2) if stack.ndim == 5 else stack
+            axes = "tczyx" if stack.ndim == 5 else "tcyx"
+            assert (image.axes, image.shape, image.channels) == (axes, projected.shape, tuple(channels))
             assert image.pixel_size == pytest.approx(0.65)
             assert image.time_step == pytest.approx(120)
             back = image.read()
             assert back.dtype == stack.dtype
-            np.testing.assert_array_equal(back, stack)
+            np.testing.assert_array_equal(back, projected)
+            np.testing.assert_array_equal(arrays.open_array(store.join(urls[site], "0"))[...], stack)
 
 
 @given(
@@ -151,6 +155,79 @@ def test_the_pyramid_halves_until_it_is_small(tmp_path: Path) -> None:
     document = json.loads((tmp_path / "p.zarr/A/01/0/zarr.json").read_text())["attributes"]["ome"]
     scales = [d["coordinateTransformations"][0]["scale"] for d in document["multiscales"][0]["datasets"]]
     assert scales == [[1, 1, 0.5, 0.5], [1, 1, 1, 1], [1, 1, 2, 2]]
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "float32", "float64"])
+def test_a_level_is_the_mean_of_four_pixels(tmp_path: Path, dtype: str) -> None:
+    stack = np.random.default_rng(0).integers(0, 100, (1, 2, 3, 2, 258)).astype(dtype)
+    stack[0, 0, 0, 0, :2] = 100 if dtype == "uint8" else 30_000
+    create_well(str(tmp_path), "A01", {"0": stack}, ["a", "b"])
+    level = zarr.open_array(tmp_path / "A/01/0/1")
+    assert level.shape == (1, 2, 3, 1, 129)
+    for c, z, x in itertools.product(range(2), range(3), range(129)):
+        four = [float(v) for v in stack[0, c, z, :, 2 * x : 2 * x + 2].ravel()]
+        mean = sum(four) / 4
+        assert level[0, c, z, 0, x] == (mean if dtype.startswith("float") else int(mean))
+
+
+def test_z_steps_and_colours_stand_in_the_metadata(tmp_path: Path) -> None:
+    create_well(
+        str(tmp_path),
+        "A01",
+        {"0": stack_of((2, 2, 3, 8, 9))},
+        ["a", "b"],
+        colors=["123456", None],
+        pixel_size=0.5,
+        z_step=3,
+    )
+    document = json.loads((tmp_path / "A/01/0/zarr.json").read_text())["attributes"]["ome"]
+    assert [channel["color"] for channel in document["omero"]["channels"]] == ["123456", "00FF00"]
+    (scales,) = document["multiscales"]
+    assert scales["datasets"][0]["coordinateTransformations"][0]["scale"] == [1, 1, 3, 0.5, 0.5]
+    assert [axis.get("unit") for axis in scales["axes"]] == [None, None, *["micrometer"] * 3]
+    array = zarr.open_array(tmp_path / "A/01/0/0")
+    assert (array.chunks, array.shards) == ((1, 1, 1, 8, 9), (1, 2, 3, 8, 9))
+    assert open_site(str(tmp_path / "A/01/0")).pixel_size == 0.5
+
+
+def test_only_finite_pixels_make_the_display_range(tmp_path: Path) -> None:
+    stack = np.full((2, 2, 8, 8), np.nan, np.float32)
+    stack[:, 0, :4] = 5
+    create_well(str(tmp_path), "A01", {"0": stack}, ["a", "b"])
+    document = json.loads((tmp_path / "A/01/0/zarr.json").read_text())["attributes"]["ome"]
+    windows = [channel["window"] for channel in document["omero"]["channels"]]
+    assert windows == [{"min": 5, "start": 5, "end": 6, "max": 6}, {"min": 0, "start": 0, "end": 1, "max": 1}]
+
+
+class Failing:
+    """Frames of which the second cannot be read."""
+
+    shape = (3, 1, 8, 8)
+    dtype = np.dtype("u2")
+
+    def __getitem__(self, frame: int) -> NDArray[Any]:
+        if frame:
+            raise SchemaError("t1.tif", "is truncated")
+        return stack_of((1, 8, 8))
+
+
+def test_a_well_that_cannot_be_read_leaves_nothing(tmp_path: Path) -> None:
+    small_plate(str(tmp_path))
+    with pytest.raises(SchemaError, match="truncated"):
+        create_well(str(tmp_path), "B03", {"0": stack_of((1, 1, 8, 8)), "1": Failing()}, ["a"])
+    assert not (tmp_path / "B/03").exists()
+    assert list(open_plate(str(tmp_path)).well_paths) == ["B02"]
+
+
+def test_notes_stand_beside_the_list_of_wells(fresh: Callable[[], str]) -> None:
+    url = fresh()
+    small_plate(url)
+    assert read_notes(url) == {}
+    list_wells(url, "p", ["B02"], {"made": ["of", 3, "files"]})
+    assert read_notes(url) == {"made": ["of", 3, "files"]}
+    assert list(open_plate(url).well_paths) == ["B02"]
+    list_wells(url, "p", ["B02"])
+    assert read_notes(url) == {}
 
 
 def test_one_shard_a_time_point(tmp_path: Path) -> None:
@@ -427,15 +504,15 @@ def test_a_labelled_04_plate_stays_valid(tmp_path: Path) -> None:
     ome_zarr_models.v04.ImageLabel.from_zarr(zarr.open_group(url + "/A/1/0/labels/nuclei", mode="r"))
 
 
-@pytest.mark.parametrize("sites", [1, 3])
-def test_a_written_plate_is_valid_ome_zarr(tmp_path: Path, sites: int) -> None:
+@pytest.mark.parametrize(("sites", "z"), [(1, ()), (3, ()), (1, (3,))])
+def test_a_written_plate_is_valid_ome_zarr(tmp_path: Path, sites: int, z: tuple[int, ...]) -> None:
     url = str(tmp_path / "p.zarr")
     for well in ("B02", "C11"):
-        stacks = {str(i): stack_of((2, 2, 20, 600), seed=i) for i in range(sites)}
+        stacks = {str(i): stack_of((2, 2, *z, 20, 600), seed=i) for i in range(sites)}
         create_well(url, well, stacks, ["nucleus", "cell"], pixel_size=0.5, time_step=60.0)
         for site in stacks:
             write_labels(f"{url}/{well[0]}/{well[1:]}/{site}", {"nuclei": stack_of((2, 20, 600), "int32")})
-    list_wells(url, "p", ["C11", "B02"])
+    list_wells(url, "p", ["C11", "B02"], {"wells": {"B02": {}}})
     hcs = ome_zarr_models.v05.hcs.HCS.from_zarr(zarr.open_group(url, mode="r"))
     assert [well.path for well in hcs.ome_attributes.plate.wells] == ["B/02", "C/11"]
     # The number of fields need not be said; a wrong one would misplace viewers' tiles.
@@ -447,6 +524,63 @@ def test_a_written_plate_is_valid_ome_zarr(tmp_path: Path, sites: int) -> None:
     labels = zarr.open_group(url + "/B/02/0/labels", mode="r")
     assert ome_zarr_models.v05.labels.Labels.from_zarr(labels).ome_attributes.labels == ["nuclei"]
     ome_zarr_models.v05.image_label.ImageLabel.from_zarr(labels["nuclei"])
+
+
+# --- requests --------------------------------------------------------------------------------
+
+
+class Counted(MemoryFileSystem):
+    """Memory, counting the requests that an object store would be sent."""
+
+    protocol = "counted"
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+    requests: ClassVar[int] = 0
+
+    def cat_file(self, *args: Any, **kwargs: Any) -> Any:
+        Counted.requests += 1
+        return super().cat_file(*args, **kwargs)
+
+    def info(self, *args: Any, **kwargs: Any) -> Any:
+        Counted.requests += 1
+        return super().info(*args, **kwargs)
+
+    def ls(self, *args: Any, **kwargs: Any) -> Any:
+        Counted.requests += 1
+        return super().ls(*args, **kwargs)
+
+
+fsspec.register_implementation("counted", Counted, clobber=True)
+
+
+def requests_to_open(zarr_format: int, n_wells: int) -> int:
+    """How many requests a run's driver makes until it knows a plate's wells and compounds."""
+    folder = f"counted://{uuid.uuid4().hex}"
+    url = f"{folder}/p.zarr"
+    wells = [f"{row}{column:02d}" for row in "ABCDEFGHIJKLMNOP" for column in range(1, 25)][:n_wells]
+    document = {
+        "name": "p",
+        "version": "0.4",
+        "rows": [],
+        "columns": [],
+        "wells": [{"path": f"{well[0]}/{well[1:]}"} for well in wells],
+    }
+    if zarr_format == 3:
+        list_wells(url, "p", wells, {"wells": dict.fromkeys(wells, "a record of it")})
+    else:
+        zarr.create_group(arrays.zarr_store(url), zarr_format=2, attributes={"plate": document})
+    plate_map = "plate,well,compound,role\n" + "".join(f"p,{well},DMSO,negative_control\n" for well in wells)
+    store.write_bytes(f"{folder}/map.csv", plate_map.encode())
+    Counted.requests = 0
+    inputs = open_inputs(InputsConfig(plates=(f"{folder}/*.zarr",), plate_map=f"{folder}/map.csv"))
+    assert list(inputs.plates["p"].well_paths) == wells
+    return Counted.requests
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+def test_opening_a_plate_takes_no_request_a_well(zarr_format: int) -> None:
+    few, many = (requests_to_open(zarr_format, n_wells) for n_wells in (2, 384))
+    assert 0 < few == many < 12
 
 
 # --- what is no plate ------------------------------------------------------------------------
