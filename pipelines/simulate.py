@@ -37,7 +37,7 @@ def run_settings(config: SimulationConfig) -> dict[str, object]:
             "compounds": "compounds.csv",
         },
         "segment": {
-            "channels": {"nucleus": "nucleus", "cytoplasm": "mitochondria"},
+            "channels": {"nucleus": "nucleus", "cytoplasm": "mitochondria", "network": "mitochondria"},
             "clips": {
                 "frames": min(config.frames, 8),
                 "size": 64,

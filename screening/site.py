@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -11,11 +11,12 @@ import numpy.typing as npt
 import pandas as pd
 from pydantic import Field
 
-from screening import cellpose_model, clips, features, quality, segmentation, tracking
+from screening import cellpose_model, clips, features, network, quality, segmentation, tracking
 from screening.cellpose_model import CellposeConfig
 from screening.clips import ClipsConfig
 from screening.features import Tracks
 from screening.illumination import Calibration, FlatField, IlluminationConfig, correct
+from screening.network import NetworkConfig
 from screening.quality import QualityConfig
 from screening.segmentation import CellsConfig, NucleiConfig
 from screening.tracking import TrackingConfig
@@ -35,6 +36,9 @@ class ChannelsConfig(Config):
     clips: tuple[str, ...] | None = Field(
         None, description="channels of the clips, in order; null: all that the plates have"
     )
+    network: str | None = Field(
+        None, description="channel of mitochondria, whose network is measured; null: no such measures, at no cost"
+    )
 
 
 class SegmentConfig(Config):
@@ -51,6 +55,7 @@ class SegmentConfig(Config):
         CellsConfig(), description="segmentation of cells"
     )
     tracking: TrackingConfig = Field(TrackingConfig(), description="tracking over time")
+    network: NetworkConfig = Field(NetworkConfig(), description="mitochondrial network of channels.network")
     clips: ClipsConfig = Field(ClipsConfig(), description="single-cell clips")
     labels: bool = Field(True, description="write labels beside the plates' images (NGFF image-labels) for viewers")
 
@@ -162,6 +167,10 @@ def process_site(
         ]
     )
     tracks = features.measure(nuclei, cells, corrected, channels, calibration.low)
+    if config.channels.network is not None:
+        mitochondria = corrected[:, _position(channels, config.channels.network)]
+        found = network.measure(cells, mitochondria, len(tracks.present), config.network)
+        tracks = replace(tracks, features=tracks.features | found)
     selection = clips.select(tracks, frames, bad, stack.shape[2:], config.clips)
     kept = selection["excluded"] == clips.KEPT
     selection["clip"] = pd.array(np.where(kept, kept.cumsum() - 1, -1), dtype="Int32")

@@ -46,7 +46,7 @@ def test_clips_of_more_bits_change_like_those_of_eight(dtype: str, blur: float) 
     changed = run(finer, config)
     assert changed.dtype == finer.dtype
     assert 0.9 * unit < changed.float().max() <= unit
-    np.testing.assert_allclose(changed.float() / unit, run(noise(), config).float() / 255, atol=0.6 / 255)
+    np.testing.assert_allclose(changed.float() / unit, run(noise(), config).float() / 255, atol=0.8 / 255)
 
 
 def test_each_clip_gets_its_own_draw() -> None:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from screening.clips import EXCLUSIONS, KEPT, ClipsConfig, FixedWindow
+from screening.clips import EXCLUSIONS, KEPT, CellScaling, ClipsConfig, FixedWindow, PlateScaling
 from screening.illumination import Calibration, NoIllumination, calibrate
+from screening.network import NAMES
 from screening.quality import EMPTY, FLAGS, NOT_FINITE
 from screening.simulation import CHANNELS, SimulatedSite, SimulationConfig, simulate_site
 from screening.site import (
@@ -115,6 +116,31 @@ def test_channels_of_clips_are_those_asked_for(site: Site, simulated: SimulatedS
     config = CONFIG.model_copy(update={"channels": channels})
     chosen = process_site(simulated.stack, CHANNELS, calibration(simulated.stack), config)
     np.testing.assert_array_equal(chosen.clips, site.clips[:, [2, 0]])
+
+
+def test_networks_are_measured_when_their_channel_is_named(site: Site, simulated: SimulatedSite) -> None:
+    assert not any(name.startswith("network_") for name in site.tracks.features)
+    channels = ChannelsConfig(nucleus="nucleus", cytoplasm="mitochondria", network="mitochondria")
+    config = CONFIG.model_copy(update={"channels": channels})
+    measured = process_site(simulated.stack, CHANNELS, calibration(simulated.stack), config).tracks
+    assert {name for name in measured.features if name not in site.tracks.features} == set(NAMES)
+    assert (measured.features["network_fragments"][measured.present] > 0).mean() > 0.9
+    assert np.isnan(measured.features["network_area"][~measured.present]).all()
+
+
+def test_intensities_of_clips_are_those_of_the_site(simulated: SimulatedSite) -> None:
+    channels = ChannelsConfig(nucleus="nucleus", cytoplasm="mitochondria", clips=("potential", "nucleus"))
+    window = FixedWindow(size=48)
+    for scaling in (PlateScaling(), CellScaling()):
+        cut = ClipsConfig(frames=5, size=48, window=window, mask="none", dtype="uint16", scaling=scaling)
+        config = CONFIG.model_copy(update={"channels": channels, "clips": cut})
+        site = process_site(simulated.stack, CHANNELS, calibration(simulated.stack), config)
+        clip = site.selection.index[site.selection["clip"] == 0][0]
+        y0, x0, y1, x1 = site.tracks.box[clip, 2]
+        y, x = (y0 + y1) // 2 - 24, (x0 + x1) // 2 - 24
+        want = simulated.stack[2, [2, 0], y : y + 48, x : x + 48]
+        low, high = (end[0, :, None, None] for end in (site.ranges.low, site.ranges.high))
+        np.testing.assert_allclose(site.ranges.intensities(site.clips)[0, :, 2], want.clip(low, high), atol=1)
 
 
 def test_nuclei_alone_do(simulated: SimulatedSite) -> None:
