@@ -527,6 +527,21 @@ def test_an_htd_without_images_says_what_it_promises() -> None:
         parse([], ImageXpressLayout(), {"P.HTD": htd()})
 
 
+def test_metadata_of_another_plate_promise_nothing() -> None:
+    other = htd(("H12",))
+    planes = parse(["a/P_B02_s1_w1.TIF"], ImageXpressLayout(), {"a/P.HTD": htd(), "b/P.HTD": other, "a/Q.HTD": other})
+    assert set(planes.promised["well"]) == {"B02"}
+    name = "a/Images/r02c02f01p01-ch1sk1fk1fl1.tiff"
+    assert (
+        len(parse([name], PhenixLayout(), {"a/Images/Index.idx.xml": index("V5"), "b/Index.xml": b"<a/>"}).promised)
+        == 8
+    )
+    assert parse([name], PhenixLayout(), {"b/Images/Index.idx.xml": index("V5")}).promised.empty
+    name = "a/P_B02_T0001F001L01A01Z01C01.tif"
+    records = mlf([(2, 1, 1, 1, 1)])
+    assert len(parse([name], Cv8000Layout(), {"a/a.mlf": records, "b/a.mlf": mlf([(3, 1, 1, 1, 1)])}).promised) == 1
+
+
 def test_only_the_htd_at_the_top_is_asked_for() -> None:
     names = ["a/9987.HTD", "a/TimePoint_1/9987.HTD", "a/TimePoint_1/9987_B02.TIF"]
     assert ImageXpressLayout().documents(names) == ["a/9987.HTD"]

@@ -16,7 +16,7 @@ from xml.etree.ElementTree import Element
 import numpy as np
 from pydantic import Field
 
-from screening.layouts.planes import Channel, Metadata, Plane, PlaneFile, Planes, collect, one_plate, well_name
+from screening.layouts.planes import Channel, Metadata, Plane, PlaneFile, Planes, beside, collect, one_plate, well_name
 from screening.layouts.xml import children, local_attributes, parse_xml
 from storage_schemas.base import Config
 from storage_schemas.errors import InputError
@@ -27,6 +27,8 @@ _FILE = re.compile(
     re.IGNORECASE | re.ASCII,
 )
 _CORRECTION = re.compile(r"(?:DC|SC)_.*\.tiff?", re.IGNORECASE)
+# Metadata lie in the very folder of the images.
+_NOTHING = re.compile(r"(?!)")
 
 CORRECTION = "correction image"
 
@@ -69,6 +71,8 @@ class Cv8000Layout(Config):
             else:
                 ignored.append(name)
         one_plate(plates)
+        if plates:
+            documents = beside(documents, next(iter(plates)).rpartition("/")[0], _NOTHING)
         roots = {name: parse_xml(name, data) for name, data in documents.items()}
         records = [
             _Record.read(name, element)

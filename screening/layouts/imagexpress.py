@@ -24,8 +24,10 @@ from screening.layouts.planes import (
     Plane,
     PlaneFile,
     Planes,
+    beside,
     collect,
     one_plate,
+    plate_folder,
     well_name,
 )
 from storage_schemas.base import Config
@@ -92,7 +94,7 @@ class ImageXpressLayout(Config):
         files = [(*row[:5], row[5] or 1) for row in files if row[5] > 0 or row[4] not in stacked]
         promised: list[Plane] = []
         channels: dict[str, Channel] = {}
-        for name, data in documents.items():
+        for name, data in _of_plate(documents, next(iter(plates), None)).items():
             htd = _Htd.read(name, data)
             channels = {str(w): Channel(text) for w, text in htd.waves.items()}
             promised += htd.planes({row[2] for row in files}, {row[4] for row in files} - stacked)
@@ -169,20 +171,25 @@ def _parse(name: str) -> tuple[str | None, PlaneFile | None]:
     if match is None:
         return None, None
     numbers = {"timepoint": 1, "zstep": 0}
-    above = []
-    for folder in folders:
-        axis = _FOLDER.fullmatch(folder)
-        if axis is None:
-            above.append(folder)
-        else:
-            numbers[axis["axis"].lower()] = int(axis["number"])
+    for axis in filter(None, map(_FOLDER.fullmatch, folders)):
+        numbers[axis["axis"].lower()] = int(axis["number"])
     try:
         well = well_name(match["row"], match["column"])
     except InputError as error:
         raise InputError(f"file {name!r}: {error}") from error
     site, channel = str(int(match["site"] or 1)), str(int(match["channel"] or 1))
     plane = (name, well, site, numbers["timepoint"], channel, numbers["zstep"])
-    return None if match["thumb"] else "/".join([*above, match["plate"]]), plane
+    return None if match["thumb"] else f"{plate_folder(name, _FOLDER)}/{match['plate']}".lstrip("/"), plane
+
+
+def _of_plate(documents: Mapping[str, bytes], plate: str | None) -> Mapping[str, bytes]:
+    """The .HTD of a plate: in its folder, and of its name if there are others."""
+    if plate is None:
+        return documents
+    folder, _, prefix = plate.rpartition("/")
+    found = beside(documents, folder, _FOLDER)
+    named = {name: found[name] for name in found if name.rpartition("/")[2][:-4].lower() == prefix.lower()}
+    return named or found
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,18 @@ import numpy as np
 from pydantic import Field
 
 from screening.layouts.color import wavelength_color
-from screening.layouts.planes import Channel, Metadata, Plane, PlaneFile, Planes, collect, one_plate, well_name
+from screening.layouts.planes import (
+    Channel,
+    Metadata,
+    Plane,
+    PlaneFile,
+    Planes,
+    beside,
+    collect,
+    one_plate,
+    plate_folder,
+    well_name,
+)
 from screening.layouts.xml import children, local_attributes, parse_xml, texts
 from storage_schemas.base import Config
 from storage_schemas.errors import InputError
@@ -58,9 +69,11 @@ class PhenixLayout(Config):
             if plane is None:
                 ignored.append(name)
                 continue
-            plates.setdefault("/".join(part for part in name.split("/")[:-1] if not _INSIDE.fullmatch(part)), name)
+            plates.setdefault(plate_folder(name, _INSIDE), name)
             files.append((name, *plane))
         one_plate(plates)
+        if plates:
+            documents = beside(documents, next(iter(plates)), _INSIDE)
         promised: dict[Plane, dict[str, str]] = {}
         channels: dict[str, dict[str, str]] = {}
         for name, data in documents.items():

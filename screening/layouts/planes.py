@@ -206,6 +206,16 @@ def one_plate(names: Mapping[str, str]) -> None:
         )
 
 
+def beside(documents: Mapping[str, bytes], folder: str, inside: re.Pattern[str]) -> dict[str, bytes]:
+    """The metadata files of one plate: those in its folder, or in folders that are ``inside`` a plate's."""
+    return {name: data for name, data in documents.items() if plate_folder(name, inside) == folder}
+
+
+def plate_folder(name: str, inside: re.Pattern[str]) -> str:
+    """The folder of a file's plate: its own without the parts that lie ``inside`` every plate's."""
+    return "/".join(part for part in name.split("/")[:-1] if not inside.fullmatch(part))
+
+
 def well_name(row: str, column: str) -> str:
     """The canonical name of a well from its row (letters or a number from 1) and column: ``B02``.
 
