@@ -3,36 +3,43 @@
 The method knows one length, the nucleus diameter, which it measures in the image when it is not given, and
 every other length is a multiple of it. Nuclei are found by a threshold that follows the local mean,
 separated by a watershed from the tops of a distance transform weighted by brightness, put together again
-where the neck between two parts is about as wide and as bright as the parts themselves, and cut at a fixed
+where the border between two parts is about as wide and as bright as the parts themselves, and cut at a fixed
 share of their own brightness, so that bright and dim neighbours are outlined alike.
 
-Sources: N. Otsu 1979 (threshold), F. Meyer 1994 (watershed from markers), T. R. Jones et al. 2005 and
-A. E. Carpenter et al. 2006 (cells grown from their nuclei), J. C. Caicedo et al. 2019 (how they are scored).
+Large nuclei are looked for at a reduced resolution and outlined in the full one, so the cost hardly depends on
+the magnification.
+
+Sources: N. Otsu 1979 (threshold), W. K. Newey and J. L. Powell 1987 (asymmetric least squares, for the
+background), F. Meyer 1994 (watershed from markers), T. R. Jones et al. 2005 and A. E. Carpenter et al. 2006 (cells
+grown from their nuclei), J. C. Caicedo et al. 2019 (how they are scored).
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from functools import cache
+from typing import Any, Literal, NamedTuple, cast
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 from pydantic import Field
-from skimage.measure import label as connected_parts
-from skimage.segmentation import watershed
 
+from screening.regions import Flags, Labels, Levels, Mask, Plane, Regions, Sums, contacts, find_regions, label_sums
+from screening.regions import watershed as flood
 from storage_schemas.base import Config
 from storage_schemas.errors import InputError
 
-Labels = npt.NDArray[np.int32]
-Plane = npt.NDArray[np.float32]
-Mask = npt.NDArray[np.bool_]
-
-# A threshold put through pure noise leaves parts 2.5 times as bright as the spread of what is below it, through
-# smooth shading 3.5; fields of nuclei measured from 5 (dense tissue) to 400.
-_NOISE_CONTRAST = 4.0
+# A threshold put through pure noise leaves parts 3 times as bright as the spread of what is below it, through smooth
+# shading mostly 4; fields of nuclei measured from 7.6 (dense tissue) to 430.
+_NOISE_CONTRAST = 5.0
+# Brightness at an edge falls by 2.5 to 4 times the nucleus' own within a diameter, on a bell-shaped background by less.
+_EDGE_STEEPNESS = 2.0
 # The blur alone (sigma 1 px at least) makes a disk of 4 px of a single hot pixel.
 _LEAST_AREA = 9
+# Larger nuclei are reduced to this diameter in px to be found; from 16 on the scores do not depend on it.
+_WORKING_DIAMETER = 24.0
+# A hole of less than half a nucleus is closed, a larger one is what several nuclei enclose.
+_HOLE_AREA = 0.4
 
 
 class NucleiConfig(Config):
@@ -55,10 +62,10 @@ class NucleiConfig(Config):
     edge_level: float = Field(0.5, gt=0, lt=1, description="where a nucleus ends, share of its own brightness")
     seed_distance: float = Field(0.45, gt=0, description="least distance between two seeds, nucleus diameters")
     neck: float = Field(
-        0.9,
+        0.75,
         gt=0,
         le=1,
-        description="parts whose neck is wider than this share of the smaller part are one nucleus",
+        description="parts are one nucleus where their border is this much like the parts in width and brightness",
     )
     min_area: float = Field(0.14, ge=0, description="least area, share of a disk of the nucleus diameter")
     min_contrast: float = Field(0.35, ge=0, description="least brightness, share of the image's median nucleus")
@@ -101,19 +108,15 @@ def segment_nuclei(image: npt.NDArray[Any], config: NucleiConfig = NucleiConfig(
     if plane is None:
         return np.zeros(image.shape, np.int32)
     plane = _without_glare(plane)
+    plane = plane - _shading(plane)
     # Where the histogram is all noise or haze, Otsu's threshold splits that, and the parts are refused; then only
     # what stands clear of the noise of the flattened image is looked at.
     for sparse in (False, True):
         if sparse:
             plane = plane - _haze(plane)
-        diameter, smooth, mask = _foreground(plane, config, sparse)
-        if mask.any() and not mask.all():
-            excess = smooth - _background(smooth, mask, diameter)
-            noise = _middle_and_spread(excess[~mask])[1]
-            contrast = np.maximum(excess, 0)
-            labels = _trim(_split(mask, contrast, diameter, config), contrast, noise, diameter, config)
-            if labels.any():
-                return labels
+        labels = _find_nuclei(plane, config, sparse)
+        if labels.any():
+            return labels
     return np.zeros(image.shape, np.int32)
 
 
@@ -142,32 +145,33 @@ def segment_cells(
         raise InputError(f"cytoplasm is {cytoplasm.shape}, nuclei {nuclei.shape}: give planes of one site")
     plane = None if cytoplasm is None else _unit_range(cytoplasm, "the cytoplasm image")
     markers = nuclei.astype(np.int32)
-    inside = markers > 0
-    if not inside.any():
+    area = np.bincount(markers.ravel())[1:]
+    if not area.any():
         return markers
-    area = _areas(markers)[1:]
     diameter = 2 * float(np.sqrt(np.median(area[area > 0]) / np.pi))
-    distance, nearest = cv2.distanceTransformWithLabels(
-        (~inside).astype(np.uint8), cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL
-    )
+    outside = _as_mask(markers == 0)
     if cytoplasm is None:
-        owner = np.zeros(int(nearest.max()) + 1, np.int32)
-        owner[nearest[inside]] = markers[inside]
-        expanded: Labels = np.where(distance <= config.expansion * diameter, owner[nearest], 0)
-        return expanded
+        return _expand(markers, outside, config.expansion * diameter)
     if plane is None:
         return markers
-    smooth = _blur(plane, config.smoothing * diameter)
-    levels = _compress(smooth, config.dim_weight)
+    levels = _compress(_blur(plane, config.smoothing * diameter), config.dim_weight)
+    distance = cast(Plane, cv2.distanceTransform(outside, cv2.DIST_L2, 5))
     # The rim is always cell: organelles often leave a dark gap around the nucleus that would cut them off.
-    bright = _fill_holes((levels > _otsu(levels)) | (distance <= config.rim * diameter), 0.4 * diameter**2)
-    mask = bright & (distance <= config.max_distance * diameter)
-    landscape = distance / diameter - config.brightness_weight * levels / float(levels.max())
-    return _watershed(landscape, markers, mask)
+    mask = _as_mask((levels > _otsu(levels)) | (distance <= config.rim * diameter))
+    _fill_holes(mask, _HOLE_AREA * diameter**2)
+    mask &= distance <= config.max_distance * diameter
+    pull = config.brightness_weight / float(levels.max())
+    return flood(_steps(distance / np.float32(diameter) - np.float32(pull) * levels), markers, mask)
 
 
-def _watershed(landscape: npt.NDArray[Any], markers: npt.NDArray[Any], mask: Mask) -> Labels:
-    return cast(Labels, watershed(landscape, markers, mask=mask).astype(np.int32))  # type: ignore[no-untyped-call]
+def _expand(nuclei: Labels, outside: Mask, reach: float) -> Labels:
+    """The labels grown by ``reach`` px; a pixel goes to the nearest."""
+    distance, nearest = cv2.distanceTransformWithLabels(outside, cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL)
+    inside = outside == 0
+    owner = np.zeros(int(nearest.max()) + 1, np.int32)
+    owner[nearest[inside]] = nuclei[inside]
+    expanded: Labels = np.where(distance <= reach, owner[nearest], 0)
+    return expanded
 
 
 def _unit_range(image: npt.NDArray[Any], name: str) -> Plane | None:
@@ -184,30 +188,76 @@ def _unit_range(image: npt.NDArray[Any], name: str) -> Plane | None:
     return ((image.astype(np.float64) - low) / (high - low)).astype(np.float32)
 
 
-def _foreground(plane: Plane, config: NucleiConfig, sparse: bool) -> tuple[float, Plane, Mask]:
-    """Nucleus diameter (px), the image blurred to suit it, and the mask of what may be nucleus."""
+class _View(NamedTuple):
+    """The image at the resolution that its nuclei are found at.
+
+    Attributes:
+        scale: px here per px of the image, at most 1.
+        diameter: of a nucleus, px here.
+        smooth: the image, blurred.
+        clearance: by how much the compressed brightness is over the threshold.
+        mask: 1 where it is, and in small holes.
+    """
+
+    scale: float
+    diameter: float
+    smooth: Plane
+    clearance: Plane
+    mask: Mask
+
+
+def _find_nuclei(plane: Plane, config: NucleiConfig, sparse: bool) -> Labels:
+    view = _look(plane, config, sparse)
+    if view.mask.all() or not view.mask.any():
+        return np.zeros(plane.shape, np.int32)
+    excess = view.smooth - _background(view)
+    noise = _middle_and_spread(_sample(excess)[_sample(view.mask) == 0])[1]
+    contrast = np.maximum(excess, 0)
+    labels, height, plateau = _split(view, contrast, config)
+    if _is_shading(view, float(np.median(plateau[np.unique(labels)[1:]]))):
+        return np.zeros(plane.shape, np.int32)
+    if view.scale < 1:
+        labels = _enlarge(labels, height, view.clearance, plane.shape)
+        contrast = _resize(contrast, plane.shape)
+    return _trim(labels, contrast, plateau, noise, view.diameter / view.scale, config)
+
+
+def _look(plane: Plane, config: NucleiConfig, sparse: bool) -> _View:
+    """Measure the diameter, if need be, and set the threshold: each depends on the other."""
+
+    @cache
+    def threshold(scale: float, sigma: float) -> tuple[Plane, Plane, float]:
+        height, width = plane.shape
+        smooth = _blur(_resize(plane, (max(1, round(height * scale)), max(1, round(width * scale)))), sigma)
+        return smooth, *_threshold(smooth, config, sparse)
+
     diameter = config.diameter
     rounds = 1
     if diameter is None:
-        diameter = _typical_diameter(np.greater(*_threshold(_blur(plane, 1.0), config, sparse)))
+        _, levels, level = threshold(1.0, 1.0)
+        diameter = _typical_diameter(_as_mask(levels > level))
         rounds = 3
     for remaining in reversed(range(rounds)):
-        smooth = _blur(plane, max(1.0, config.smoothing * diameter))
-        levels, threshold = _threshold(smooth, config, sparse)
-        mask = levels > threshold
+        scale = min(1.0, _WORKING_DIAMETER / diameter)
+        here = diameter * scale
+        smooth, levels, level = threshold(scale, max(1.0, config.smoothing * here))
+        clearance = levels - np.float32(level)
+        mask = _as_mask(clearance > 0)
         if mask.any() and not mask.all():
-            step = float(levels[mask].mean() - levels[~mask].mean())
-            mask &= levels > _local_mean(levels, config.local_window * diameter) + config.local_contrast * step
-        mask = _fill_holes(mask, 0.4 * diameter**2)
+            step = cv2.mean(levels, mask)[0] - cv2.mean(levels, 1 - mask)[0]
+            local = _local_mean(levels, config.local_window * here) + np.float32(config.local_contrast * step)
+            clearance = np.minimum(clearance, levels - local)
+            mask = _as_mask(clearance > 0)
+        _fill_holes(mask, _HOLE_AREA * here**2)
         if remaining:
-            diameter = _typical_diameter(mask)
-    return diameter, smooth, mask
+            diameter = _typical_diameter(mask) / scale
+    return _View(scale, here, smooth, clearance, mask)
 
 
 def _threshold(smooth: Plane, config: NucleiConfig, sparse: bool) -> tuple[Plane, float]:
     """Brightness on the scale it is judged on, and the threshold there."""
     if sparse:
-        middle, spread = _middle_and_spread(smooth)
+        middle, spread = _middle_and_spread(_sample(smooth))
         return smooth, middle + 6 * spread
     levels = _compress(smooth, config.dim_weight)
     return levels, _otsu(levels)
@@ -219,8 +269,7 @@ def _typical_diameter(mask: Mask) -> float:
     The mean distance to the outside over a disk of diameter d is d / 6. The 5 here makes up for the halo that
     a blurred nucleus adds to its mask.
     """
-    distance = _inner_distance(mask)[mask]
-    return max(5.0, 5.0 * float(distance.mean())) if distance.size else 5.0
+    return max(5.0, 5.0 * float(cv2.mean(_inner_distance(mask), mask)[0]))
 
 
 def _compress(plane: Plane, dim_weight: float) -> Plane:
@@ -228,7 +277,7 @@ def _compress(plane: Plane, dim_weight: float) -> Plane:
 
     On it a nucleus a third as bright as another is still nearer to it than to the background.
     """
-    floor = float(np.percentile(plane, 1))
+    floor = float(np.percentile(_sample(plane), 1))
     bright = _bright_level(plane)
     # A few saturated specks pull Otsu's threshold above every nucleus; the bright level ignores them.
     reference = _otsu(plane) - floor if bright is None else 0.4 * (bright - floor)
@@ -238,8 +287,8 @@ def _compress(plane: Plane, dim_weight: float) -> Plane:
 
 def _bright_level(plane: Plane) -> float | None:
     """Brightness of the brightest 0.5 %, or None where less of the field than that stands out of the noise."""
-    middle, spread = _middle_and_spread(plane)
-    bright = float(np.percentile(plane, 99.5))
+    middle, spread = _middle_and_spread(_sample(plane))
+    bright = float(np.percentile(_sample(plane), 99.5))
     return bright if bright > middle + 8 * spread else None
 
 
@@ -247,6 +296,12 @@ def _without_glare(plane: Plane) -> Plane:
     """The image with specks far brighter than its nuclei cut down, lest their blur outshine what is near."""
     bright = _bright_level(plane)
     return plane if bright is None else np.minimum(plane, np.float32(4 * bright))
+
+
+def _sample(plane: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Every n-th pixel of every n-th row, at least 65,000 of a large image: quantiles and histograms need no more."""
+    step = max(1, int((plane.size / 2**16) ** 0.5))
+    return plane[::step, ::step]
 
 
 def _middle_and_spread(values: npt.NDArray[np.float32]) -> tuple[float, float]:
@@ -260,7 +315,7 @@ def _otsu(plane: Plane) -> float:
     low, high = float(plane.min()), float(plane.max())
     if high <= low:
         return high
-    counts = cv2.calcHist([plane], [0], None, [256], [low, high + 1e-6 * (high - low)])
+    counts = cv2.calcHist([np.ascontiguousarray(_sample(plane))], [0], None, [256], [low, high + 1e-6 * (high - low)])
     counts = counts.ravel().astype(np.float64)
     centres = low + (np.arange(256) + 0.5) * (high - low) / 256
     below, total = np.cumsum(counts), np.cumsum(counts * centres)
@@ -278,52 +333,85 @@ def _haze(plane: Plane) -> Plane:
     return cast(Plane, cv2.resize(_blur(coarse, 8), (width, height), interpolation=cv2.INTER_LINEAR))
 
 
-def _background(smooth: Plane, mask: Mask, diameter: float) -> Plane:
+def _shading(plane: Plane) -> Plane:
+    """The quadratic surface that runs along the dark parts of the image: uneven background, and its offset.
+
+    Asymmetric least squares: a point above the surface weighs 2 %, so nuclei hardly lift it.
+    """
+    height, width = plane.shape
+    rows, columns = min(48, height), min(48, width)
+    coarse = cv2.resize(plane, (columns, rows), interpolation=cv2.INTER_AREA)
+    y, x = (axis.ravel() for axis in np.meshgrid(np.linspace(-1, 1, rows), np.linspace(-1, 1, columns), indexing="ij"))
+    terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y])
+    values = coarse.ravel().astype(np.float64)
+    weight = np.ones(values.size)
+    for _ in range(12):
+        surface = np.linalg.lstsq((terms * weight) @ terms.T, (terms * weight) @ values)[0] @ terms
+        weight = np.where(values > surface, 0.02, 0.98)
+    return _resize(surface.reshape(rows, columns).astype(np.float32), plane.shape)
+
+
+def _background(view: _View) -> Plane:
     """Local mean of the pixels outside the mask, leaning on their median where a window holds few."""
-    outside = (~mask).astype(np.float32)
-    typical = np.float32(np.median(smooth[~mask]))
-    share = _local_mean(outside, 3.6 * diameter)
-    total = _local_mean(smooth * outside, 3.6 * diameter)
+    outside = (1 - view.mask).astype(np.float32)
+    typical = np.float32(np.median(_sample(view.smooth)[_sample(view.mask) == 0]))
+    share = _local_mean(outside, 3.6 * view.diameter)
+    total = _local_mean(view.smooth * outside, 3.6 * view.diameter)
     return (total + np.float32(0.02) * typical) / (share + np.float32(0.02))
 
 
-def _split(mask: Mask, contrast: Plane, diameter: float, config: NucleiConfig) -> Labels:
-    """Watershed of the mask into nuclei, from the tops of distance to the outside x root of brightness."""
-    inner = _inner_distance(mask)
-    relative = contrast / np.maximum(_local_mean(contrast, 1.2 * diameter), np.float32(1e-6))
-    height = _blur(inner, 0.05 * diameter) * np.sqrt(relative)
-    height[~mask] = 0
-    window = np.ones((max(3, int(config.seed_distance * diameter) | 1),) * 2, np.uint8)
-    tops = mask & (height == cv2.dilate(height, window)) & (height > 0)
-    seeds = cv2.connectedComponents(tops.astype(np.uint8), connectivity=8)[1]
-    parts = _watershed(-height, seeds, mask)
-    return _merge(parts, inner, contrast, config.neck)
+def _is_shading(view: _View, bright: float) -> bool:
+    """Whether what was found is as large as uneven background may be, and has no edge."""
+    if view.diameter < 0.25 * min(view.mask.shape):
+        return False
+    smooth = _blur(view.smooth, 0.08 * view.diameter)
+    slope = np.hypot(*(cv2.Sobel(smooth, cv2.CV_32F, *axis, scale=1 / 8) for axis in ((1, 0), (0, 1))))
+    edge = (view.mask > 0) & (cv2.erode(view.mask, np.ones((3, 3), np.uint8)) == 0)
+    return float(np.median(slope[edge])) * view.diameter < _EDGE_STEEPNESS * bright
 
 
-def _merge(labels: Labels, inner: Plane, contrast: Plane, neck: float) -> Labels:
-    """Join neighbouring parts, best first, whose common border is nearly as thick and bright as the lesser part."""
-    n = int(labels.max())
-    first, second, thickness, brightness = (
-        np.concatenate(sides)
-        for sides in zip(*(_contacts(labels, inner, contrast, axis) for axis in (0, 1)), strict=True)
+def _split(view: _View, contrast: Plane, config: NucleiConfig) -> tuple[Labels, Plane, Sums]:
+    """Watershed of the mask into nuclei, from the tops of distance to the outside x root of brightness.
+
+    Returns:
+        labels, the landscape that they were flooded in, and the brightness of each label.
+    """
+    inner = _inner_distance(view.mask)
+    relative = contrast / np.maximum(_local_mean(contrast, 1.2 * view.diameter), np.float32(1e-6))
+    height = _blur(inner, 0.05 * view.diameter) * np.sqrt(relative) * view.mask
+    window = np.ones((max(3, int(config.seed_distance * view.diameter) | 1),) * 2, np.uint8)
+    tops = (height == cv2.dilate(height, window)) & (height > 0)
+    seeds = cv2.connectedComponents(_as_mask(tops), connectivity=8)[1]
+    parts = flood(_steps(-height), cast(Labels, seeds), view.mask)
+    whole, plateau = _merge(parts, inner, contrast, view.diameter, config.neck)
+    return whole[parts], height, plateau
+
+
+def _merge(parts: Labels, inner: Plane, contrast: Plane, diameter: float, neck: float) -> tuple[Labels, Sums]:
+    """Join neighbouring parts, best first, whose border is nearly as wide and as bright as the parts.
+
+    Returns:
+        (n + 1,) the label of each part, and the brightness of each label.
+    """
+    n = int(parts.max())
+    area, peak, light, square = label_sums(parts, inner, contrast)
+    lesser, greater, thickness, brightness = contacts(parts, inner, contrast)
+    pairs, pair, length = np.unique(
+        lesser.astype(np.int64) * (n + 1) + greater, return_inverse=True, return_counts=True
     )
-    if first.size == 0:
-        return labels
-    pairs, pair, length = np.unique(first.astype(np.int64) * (n + 1) + second, return_inverse=True, return_counts=True)
     width = np.zeros(len(pairs))
     np.maximum.at(width, pair, thickness)
-    light = np.bincount(pair, brightness) / length
+    border = np.bincount(pair, brightness, minlength=len(pairs)) / length
     one, other = pairs // (n + 1), pairs % (n + 1)
-    peak = np.zeros(n + 1)
-    np.maximum.at(peak, labels.ravel(), inner.ravel())
-    area = np.maximum(_areas(labels), 1)
-    mean = np.bincount(labels.ravel(), contrast.ravel(), minlength=n + 1) / area
+    disk = np.pi / 4 * diameter**2
 
     def likeness(edge: int, a: int, b: int) -> float:
-        dimmer = max(min(mean[a], mean[b]), 1e-6)
-        return float(width[edge] / min(peak[a], peak[b]) * min(1.0, light[edge] / dimmer))
+        brighter = max(light[a] / area[a], light[b] / area[b], 1e-6)
+        # What would be larger than a nucleus is less likely to be one.
+        size = max(1.0, (area[a] + area[b]) / disk)
+        return float(width[edge] / min(peak[a], peak[b]) * min(1.0, border[edge] / brighter) / size**0.25)
 
-    root = np.arange(n + 1)
+    root = np.arange(n + 1, dtype=np.int32)
 
     def find(node: int) -> int:
         while root[node] != node:
@@ -335,62 +423,50 @@ def _merge(labels: Labels, inner: Plane, contrast: Plane, neck: float) -> Labels
         if a != b and likeness(edge, a, b) > neck:
             root[b] = a
             peak[a] = max(peak[a], peak[b])
-            mean[a] = (mean[a] * area[a] + mean[b] * area[b]) / (area[a] + area[b])
-            area[a] += area[b]
-    joined: Labels = np.array([find(node) for node in range(n + 1)], np.int32)[labels]
-    return joined
-
-
-def _contacts(labels: Labels, inner: Plane, contrast: Plane, axis: int) -> tuple[npt.NDArray[Any], ...]:
-    """Pixel pairs along an axis where two labels meet: both labels, the lesser distance and brightness."""
-    ahead, behind = (slice(1, None), slice(None)), (slice(None, -1), slice(None))
-    if axis == 1:
-        ahead, behind = ahead[::-1], behind[::-1]
-    a, b = labels[ahead], labels[behind]
-    meet = (a != b) & (a > 0) & (b > 0)
-    return (
-        np.minimum(a[meet], b[meet]),
-        np.maximum(a[meet], b[meet]),
-        np.minimum(inner[ahead][meet], inner[behind][meet]),
-        np.minimum(contrast[ahead][meet], contrast[behind][meet]),
-    )
-
-
-def _trim(labels: Labels, contrast: Plane, noise: float, diameter: float, config: NucleiConfig) -> Labels:
-    """Cut each label at a share of its own brightness, keep its largest piece, drop what is no nucleus."""
-    n = int(labels.max())
-    weight = np.bincount(labels.ravel(), contrast.ravel(), minlength=n + 1)
+            for sums in (area, light, square):
+                sums[a] += sums[b]
     # The mean weighted by brightness itself stands for the plateau: the dim rim hardly counts in it.
-    plateau = np.bincount(labels.ravel(), (contrast**2).ravel(), minlength=n + 1) / np.maximum(weight, 1e-9)
-    keep = (labels > 0) & (contrast > (config.edge_level * plateau)[labels])
-    filled = np.where(_fill_holes(keep, 0.4 * diameter**2), labels, 0)
-    pieces = connected_parts(filled, connectivity=1)  # type: ignore[no-untyped-call]
-    area = _areas(pieces)
-    owner = np.zeros(len(area), np.int64)
-    owner[pieces.ravel()] = labels.ravel()
-    largest = np.zeros(n + 1, np.int64)
-    np.maximum.at(largest, owner[1:], area[1:])
+    return np.array([find(node) for node in range(n + 1)], np.int32), square / np.maximum(light, 1e-9)
+
+
+def _enlarge(labels: Labels, height: Plane, clearance: Plane, shape: tuple[int, int]) -> Labels:
+    """Labels found at a reduced resolution in the full one, flooded anew around their inner pixels.
+
+    What has no inner pixel is lost: it is narrower than a tenth of a nucleus.
+    """
+    values, around = labels.astype(np.float32), np.ones((3, 3), np.uint8)
+    inside = cv2.erode(values, around) == cv2.dilate(values, around)
+    markers = cv2.resize(np.where(inside, labels, 0), shape[::-1], interpolation=cv2.INTER_NEAREST)
+    mask = _as_mask((_resize(clearance, shape) > 0) | (markers > 0))
+    return flood(_steps(-_resize(height, shape)), cast(Labels, markers), mask)
+
+
+def _trim(
+    labels: Labels, contrast: Plane, plateau: Sums, noise: float, diameter: float, config: NucleiConfig
+) -> Labels:
+    """Cut each label at a share of its own brightness, keep its largest piece, drop what is no nucleus."""
+    level = (config.edge_level * plateau).astype(np.float32)
+    trimmed = np.where(contrast > level[labels], labels, 0)
+    regions = find_regions(trimmed)
+    regions.paint(trimmed, np.where(_holes(regions, trimmed, _HOLE_AREA * diameter**2), regions.values(labels), 0))
+    pieces = find_regions(trimmed)
+    area, owner = pieces.areas(), pieces.values(trimmed)
+    largest = np.zeros(len(plateau), np.int64)
+    np.maximum.at(largest, owner, area)
     disk = np.pi / 4 * diameter**2
-    nucleus = (area == largest[owner]) & (area >= max(config.min_area * disk, _LEAST_AREA))
-    nucleus[0] = False
+    nucleus = (owner > 0) & (area == largest[owner]) & (area >= max(config.min_area * disk, _LEAST_AREA))
+    kept = np.zeros(labels.shape, np.int32)
     if not nucleus.any():
-        return np.zeros(labels.shape, np.int32)
+        return kept
     bright = plateau[owner]
     typical = float(np.median(bright[nucleus]))
     if typical < _NOISE_CONTRAST * noise:
-        return np.zeros(labels.shape, np.int32)
+        return kept
     # A nucleus cut by the border of the field may be small; a small one inside must be bright for its size.
-    border = np.zeros(len(area), bool)
-    border[np.concatenate([pieces[0], pieces[-1], pieces[:, 0], pieces[:, -1]])] = True
-    nucleus &= border | (area * bright >= config.min_content * disk * typical)
+    nucleus &= pieces.on_border() | (area * bright >= config.min_content * disk * typical)
     nucleus &= bright >= config.min_contrast * typical
-    ids = np.where(nucleus, np.cumsum(nucleus), 0).astype(np.int32)
-    kept: Labels = ids[pieces]
+    pieces.paint(kept, np.where(nucleus, np.cumsum(nucleus), 0).astype(np.int32))
     return kept
-
-
-def _areas(labels: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    return np.bincount(labels.ravel())
 
 
 def _blur(plane: Plane, sigma: float) -> Plane:
@@ -404,17 +480,35 @@ def _local_mean(plane: Plane, side: float) -> Plane:
     return cast(Plane, cv2.blur(plane, (size, size), borderType=cv2.BORDER_REFLECT))
 
 
+def _resize(plane: Plane, shape: tuple[int, int]) -> Plane:
+    if plane.shape == shape:
+        return plane
+    how = cv2.INTER_AREA if shape[0] < plane.shape[0] else cv2.INTER_LINEAR
+    return cast(Plane, cv2.resize(plane, shape[::-1], interpolation=how))
+
+
+def _as_mask(flags: Flags) -> Mask:
+    return flags.view(np.uint8)
+
+
+def _steps(landscape: Plane) -> Levels:
+    """A landscape in 4,096 steps from its lowest point to its highest, for the watershed."""
+    low, high = float(landscape.min()), float(landscape.max())
+    scale = 4095 / (high - low) if high > low else 0.0
+    return ((landscape - np.float32(low)) * np.float32(scale)).astype(np.uint16)
+
+
 def _inner_distance(mask: Mask) -> Plane:
     """Distance (px) of every mask pixel to the outside; the border of the image is not outside."""
-    return cast(Plane, cv2.distanceTransform(mask.astype(np.uint8), cv2.DIST_L2, 5))
+    return cast(Plane, cv2.distanceTransform(mask, cv2.DIST_L2, 5))
 
 
-def _fill_holes(mask: Mask, max_area: float) -> Mask:
-    """The mask with its holes of at most ``max_area`` px closed; what touches the border is no hole."""
-    _, parts, stats, _ = cv2.connectedComponentsWithStats((~mask).astype(np.uint8), connectivity=4)
-    height, width = mask.shape
-    left, top, wide, high, area = stats.T
-    hole = (left > 0) & (top > 0) & (left + wide < width) & (top + high < height) & (area <= max_area)
-    hole[0] = False
-    filled: Mask = mask | hole[parts]
-    return filled
+def _fill_holes(mask: Mask, max_area: float) -> None:
+    """Close the holes of at most ``max_area`` px, in place; what touches the border is no hole."""
+    regions = find_regions(mask)
+    regions.paint(mask, _as_mask(_holes(regions, mask, max_area)))
+
+
+def _holes(regions: Regions, image: npt.NDArray[Any], max_area: float) -> Flags:
+    holes: Flags = (regions.values(image) == 0) & ~regions.on_border() & (regions.areas() <= max_area)
+    return holes
