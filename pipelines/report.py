@@ -9,20 +9,23 @@ import pandas as pd
 from pipelines.config import RunConfig
 from pipelines.inputs import Inputs, well_keys
 from pipelines.query import nearest_compounds
+from pipelines.segment import open_calibration
 from pipelines.status import stage_table
 from pipelines.units import Counts
 from pipelines.vectors import read_embeddings
+from screening.quality import limits, summarise, worst_sites
 from screening.report import Example, ReportData, channel_colours, embedding_map, render
 from storage_schemas import store
 from storage_schemas.clips import as_bytes, channel_names, open_clips, read_clips
 from storage_schemas.screen import Screen
-from storage_schemas.tables import CELLS, TRAINING_METRICS, open_table
+from storage_schemas.tables import CELLS, QUALITY, TRAINING_METRICS, open_table
 
-OUTPUT_VERSION = 1  # raised when the same configuration gives another page
+OUTPUT_VERSION = 2  # raised when the same configuration gives another page
 
 _MAPPED_CELLS = 20_000  # more would be one blot, and a heavy page
 _EXAMPLES = 40  # clips in the page
 _NEIGHBOURS = 5
+_WORST_SITES = 50  # listed beside the failed ones
 
 
 def report(config: RunConfig, inputs: Inputs, screen: Screen, fingerprint: str) -> tuple[Counts, list[str]]:
@@ -37,6 +40,7 @@ def report(config: RunConfig, inputs: Inputs, screen: Screen, fingerprint: str) 
     keys, embeddings = read_embeddings(screen, inputs.wells)
     maps = inputs.plate_map.merge(inputs.compounds[["compound", "moa"]], on="compound", how="left")
     examples = _examples(screen, maps, rng)
+    judged = _judged(inputs, screen)
     data = ReportData(
         title=config.title,
         provenance={
@@ -48,6 +52,9 @@ def report(config: RunConfig, inputs: Inputs, screen: Screen, fingerprint: str) 
         },
         counts=stage_table(screen).query("stage != 'report'"),
         plate_maps=_plate_maps(screen, maps, keys),
+        quality=pd.DataFrame() if judged.empty else summarise(judged),
+        quality_limits=_quality_limits(config, screen, judged),
+        bad_sites=_bad_sites(screen, judged),
         training=metrics.pivot(index="epoch", columns="name", values="value").reset_index(),
         embedding_map=_map(maps, keys, embeddings, rng),
         evaluation=store.read_json(screen.evaluation),
@@ -57,11 +64,58 @@ def report(config: RunConfig, inputs: Inputs, screen: Screen, fingerprint: str) 
             *_scaling_note(config),
             *inputs.notes,
             *(note for record in manifest.stages.values() for note in record.notes),
-            *(f"{f.unit} failed: {f.message}" for f in (*screen.failures("segment"), *screen.failures("embed"))),
+            *(f"{failure.unit} failed: {failure.message}" for failure in screen.failures("embed")),
         ],
     )
     store.write_bytes(screen.report, render(data).encode())
     return {"clips shown": len(examples), "compounds": len(inputs.compounds)}, []
+
+
+def _judged(inputs: Inputs, screen: Screen) -> pd.DataFrame:
+    """Quality of all wells that have been segmented; nothing of imported cells, which have no images."""
+    done = screen.done_units("segment")
+    urls = [screen.quality(well) for well in inputs.wells if well in done]
+    tables = [open_table(url, QUALITY).to_pandas() for url in urls if store.exists(url)]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def _quality_limits(config: RunConfig, screen: Screen, judged: pd.DataFrame) -> pd.DataFrame:
+    """The limits that frames of each plate were held to; not known of cells that another run has segmented."""
+    if config.segment is None or judged.empty:
+        return pd.DataFrame()
+    rows = []
+    for plate, table in judged.groupby("plate"):
+        usual = open_calibration(screen.calibration(str(plate))).quality
+        rows.append(limits(usual, list(table["channel"].unique()), config.segment.quality).assign(plate=plate))
+    return pd.concat(rows)[["plate", *rows[0].columns.drop("plate")]]
+
+
+def _bad_sites(screen: Screen, judged: pd.DataFrame) -> pd.DataFrame:
+    """Failed sites (and wells), then those with flags and bad frames, the worst first."""
+    failures = screen.failures("segment")
+    failed = pd.DataFrame(
+        {
+            "site": [failure.unit for failure in failures],
+            "outcome": "failed",
+            "reason": [failure.kind for failure in failures],
+            "what": [failure.message for failure in failures],
+        }
+    )
+    if judged.empty:
+        return failed
+    worst = worst_sites(judged, _WORST_SITES)
+    flagged = pd.DataFrame(
+        {
+            "site": worst["plate"] + "/" + worst["well"] + "/" + worst["site"],
+            "outcome": worst["site_flag"].map(lambda flag: "no clips" if flag else "used"),
+            "reason": worst["site_flag"].where(worst["site_flag"] != "", worst["flags"]),
+            "what": [
+                f"{share:.0%} of frames bad{f': {flags}' if flags else ''}"
+                for share, flags in zip(worst["bad"], worst["flags"], strict=True)
+            ],
+        }
+    )
+    return pd.concat([failed, flagged], ignore_index=True)
 
 
 def _source(inputs: Inputs) -> dict[str, object]:

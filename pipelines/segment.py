@@ -104,7 +104,7 @@ def segment_well(context: _Context, well: WellKey) -> float:
     screen, plate = context.screen, context.plates[well.plate]
     if well.plate not in context.forms or not exists(screen.calibration(well.plate)):
         raise InputError(f"{plate.url}: none of the sites sampled for its calibration can be used")
-    calibration = _open_calibration(screen.calibration(well.plate))
+    calibration = open_calibration(screen.calibration(well.plate))
     sites = {SiteKey(well.plate, well.well, name): url for name, url in plate.sites(well.well).items()}
     if exists(screen.cells(well)):
         again = _failed_again(context, calibration, well, sites)
@@ -271,7 +271,8 @@ def _stored(calibration: Calibration) -> dict[str, np.ndarray[Any, np.dtype[np.f
     return {name: values.astype(np.float32) for name, values in fields.items() if values is not None}
 
 
-def _open_calibration(url: str) -> Calibration:
+def open_calibration(url: str) -> Calibration:
+    """A plate's calibration, as it was found."""
     fields = read_calibration(url)
     usual = PlateQuality(*(fields[name].astype(np.float64) for name in ("focus", "saturated", "glare", "sd")))
     return Calibration(fields.get(FLAT_FIELD), fields["offset"], fields["low"], fields["high"], usual)

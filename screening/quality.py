@@ -7,6 +7,7 @@ movie only what dips and comes back is bad; against the plate only what is far o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,8 @@ SOFT = "soft"
 FLAGS = (NOT_FINITE, EMPTY, SATURATED, DEBRIS, SOFT)
 
 _MEASURES = ("focus", "saturated", "glare", "mean", "sd", "not_finite")
+
+_FRAME_KEYS = ["plate", "well", "site", "frame"]
 
 _CAMERA_CEILINGS = tuple(2**bits - 1 for bits in (8, 10, 12, 14, 16))
 
@@ -213,7 +216,71 @@ def flags_of_frames(judged: pd.DataFrame) -> pd.DataFrame:
         judged: of :func:`flag`, of any number of sites, with their keys.
     """
     rows = judged.assign(flag=judged["flags"].str.split(", ")).explode("flag")
-    return rows.loc[rows["flag"] != "", ["plate", "well", "site", "frame", "flag"]].drop_duplicates(ignore_index=True)
+    return rows.loc[rows["flag"] != "", [*_FRAME_KEYS, "flag"]].drop_duplicates(ignore_index=True)
+
+
+def limits(plate: PlateQuality, channels: Sequence[str], config: QualityConfig) -> pd.DataFrame:
+    """A row a channel: what is usual on a plate, and beyond which value a frame is bad against it.
+
+    The limit of focus is what each channel would have if all were as soft: it is their mean that counts.
+    """
+    return pd.DataFrame(
+        {
+            "channel": channels,
+            "usual_focus": plate.focus,
+            "soft_below": config.plate_soft * plate.focus,
+            "usual_sd": plate.sd,
+            "empty_below": config.plate_dropped * plate.sd,
+            "usual_saturated": plate.saturated,
+            "saturated_above": np.nan_to_num(plate.saturated) + config.saturated,
+            "usual_glare": plate.glare,
+            "debris_above": config.debris * plate.glare,
+        }
+    )
+
+
+def summarise(judged: pd.DataFrame) -> pd.DataFrame:
+    """A row a plate: sites, sites_flagged, frames, the share of them that is bad, and the share that has each flag.
+
+    Args:
+        judged: of :func:`flag`, of any number of sites, with their keys and ``site_flag``.
+    """
+    frames = judged.drop_duplicates(_FRAME_KEYS)
+    sites = frames.drop_duplicates(_FRAME_KEYS[:3])
+    n_frames = frames.groupby("plate").size()
+    table = pd.DataFrame(
+        {
+            "sites": sites.groupby("plate").size(),
+            "sites_flagged": (sites["site_flag"] != "").groupby(sites["plate"]).sum(),
+            "frames": n_frames,
+            "bad": frames.groupby("plate")["bad"].mean(),
+        }
+    )
+    flagged = flags_of_frames(judged).groupby(["plate", "flag"]).size().unstack().reindex(table.index, columns=FLAGS)
+    return table.join(flagged.fillna(0).div(n_frames, axis=0)).reset_index()
+
+
+def worst_sites(judged: pd.DataFrame, n: int) -> pd.DataFrame:
+    """The sites with a flag or a bad frame, the worst first, at most ``n``.
+
+    Args:
+        judged: as for :func:`summarise`.
+        n: how many.
+
+    Returns:
+        A row a site: plate, well, site, site_flag, bad (share of its frames) and flags (those of its frames).
+    """
+    keys = _FRAME_KEYS[:3]
+    sites = judged.drop_duplicates(_FRAME_KEYS).groupby(keys).agg({"site_flag": "first", "bad": "mean"})
+    flags = (
+        flags_of_frames(judged).groupby(keys)["flag"].agg(lambda found: ", ".join(f for f in FLAGS if f in set(found)))
+    )
+    table = sites.assign(flags=flags.reindex(sites.index).fillna("")).reset_index()
+    table = table[(table["bad"] > 0) | (table["site_flag"] != "")]
+    worst = table.assign(used=table["site_flag"] == "").sort_values(
+        ["used", "bad"], ascending=[True, False], kind="stable"
+    )
+    return worst.drop(columns="used").head(n).reset_index(drop=True)
 
 
 def _measure_plane(plane: npt.NDArray[Any], ceiling: float) -> tuple[float, ...]:

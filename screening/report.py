@@ -105,6 +105,9 @@ class ReportData:
         plate_maps: A row a well: plate, well, role, compound, moa (missing when unknown) and
             n_cells (missing when the well was not measured); further columns are listed in the
             table of wells.
+        quality: A row a plate: sites, frames and the shares of them that are bad, by reason.
+        quality_limits: A row a plate and channel: what is usual, and beyond which value frames are bad.
+        bad_sites: A row a site that failed or that something is wrong with, the worst first.
         training: A row an epoch: `epoch` and any numbers; each becomes a small curve.
         embedding_map: A row a cell: x, y (of `embedding_map`), compound, moa, plate, well and,
             where known, replicate.
@@ -120,6 +123,9 @@ class ReportData:
     provenance: Mapping[str, object] = field(default_factory=dict)
     counts: pd.DataFrame = field(default_factory=pd.DataFrame)
     plate_maps: pd.DataFrame = field(default_factory=pd.DataFrame)
+    quality: pd.DataFrame = field(default_factory=pd.DataFrame)
+    quality_limits: pd.DataFrame = field(default_factory=pd.DataFrame)
+    bad_sites: pd.DataFrame = field(default_factory=pd.DataFrame)
     training: pd.DataFrame = field(default_factory=pd.DataFrame)
     embedding_map: pd.DataFrame = field(default_factory=pd.DataFrame)
     evaluation: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -161,6 +167,11 @@ def render(data: ReportData) -> str:
         open_plates=OPEN_PLATES,
         mechanisms=_used(mechanisms, _mechanisms(data.plate_maps, controls)),
         wells=_table(data.plate_maps, "wells", "All wells of all plates"),
+        quality=_table(data.quality, "quality", "Sites and frames of each plate, and the share of frames with a fault"),
+        quality_limits=_table(
+            data.quality_limits, "quality-limits", "What is usual on each plate, and what is too far"
+        ),
+        bad_sites=_table(data.bad_sites, "bad-sites", "Sites that failed or were flagged, and sites with bad frames"),
         curves=_training_curves(data.training),
         epochs=_table(data.training, "epochs", "Every epoch of the training"),
         maps=_maps(data.embedding_map, mechanisms, controls),

@@ -255,13 +255,13 @@ def _filled(plane: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 def _site_flag(judged: pd.DataFrame, n_nuclei: npt.NDArray[np.integer[Any]], unusable: bool) -> str:
     """Why the whole site gives no clips: what is wrong with most of its bad frames, or that there are no cells."""
+    counts: dict[str, int] = {}
     if unusable:
-        per_frame = judged.loc[judged["bad"], ["frame", "flags"]]
-        counts = {
-            name: per_frame.loc[per_frame["flags"].str.contains(name), "frame"].nunique() for name in quality.FLAGS
-        }
-        return max(counts, key=lambda name: counts[name])
-    return "" if n_nuclei.any() else NO_CELLS
+        for name in quality.FLAGS:
+            counts[name] = judged.loc[judged["flags"].str.contains(name), "frame"].nunique()
+    flag = max(counts, key=lambda name: counts[name], default="")
+    # Frames without contrast are what a field without cells looks like.
+    return NO_CELLS if flag in ("", quality.EMPTY) and not n_nuclei.any() else flag
 
 
 def _position(channels: tuple[str, ...], name: str) -> int:

@@ -248,6 +248,56 @@ def test_flags_are_counted_by_frame() -> None:
     assert set(rows["frame"]) == {3, 6}
 
 
+def judged_sites() -> pd.DataFrame:
+    """Two plates: on one a site with a lost frame, a site that gives no clips and one without a fault."""
+    lost = movie(4)
+    lost[2] = 0
+    sites = {("p", "A01", "0"): lost, ("p", "A01", "1"): np.zeros_like(lost), ("q", "B02", "0"): movie(4)}
+    tables = [
+        judge(stack, usual()).assign(plate=plate, well=well, site=site, site_flag=EMPTY if site == "1" else "")
+        for (plate, well, site), stack in sites.items()
+    ]
+    return pd.concat(tables, ignore_index=True)
+
+
+def test_plates_are_summed_up_by_shares_of_frames() -> None:
+    table = quality.summarise(judged_sites()).set_index("plate")
+    assert table.loc["p", ["sites", "sites_flagged", "frames"]].tolist() == [2, 1, 8]
+    assert table.loc["p", ["bad", EMPTY, SOFT]].tolist() == [5 / 8, 5 / 8, 0]
+    assert table.loc["q"].tolist() == [1, 0, 4, *[0.0] * 6]
+    assert list(table.columns[3:]) == ["bad", *quality.FLAGS]
+
+
+def test_the_worst_sites_come_first() -> None:
+    table = quality.worst_sites(judged_sites(), 10)
+    assert list(table.columns) == ["plate", "well", "site", "site_flag", "bad", "flags"]
+    assert table.to_numpy().tolist() == [["p", "A01", "1", EMPTY, 1.0, EMPTY], ["p", "A01", "0", "", 0.25, EMPTY]]
+    assert len(quality.worst_sites(judged_sites(), 1)) == 1
+    none = quality.worst_sites(judged_sites().query("plate == 'q'"), 10)
+    assert list(none.columns) == list(table.columns)
+    assert none.empty
+
+
+def test_limits_are_those_that_frames_are_held_to() -> None:
+    plate = usual()
+    table = quality.limits(plate, ["a", "b"], CONFIG).set_index("channel")
+    measures = quality.measure(movie(1))
+
+    def flagged(name: str, column: str, share: float) -> bool:
+        """Whether a frame is bad of which both channels measure this share of a limit."""
+        frame = measures.assign(**{name: table[column].to_numpy() * share})
+        return bool(quality.flag(frame, plate, CONFIG)["bad"].any())
+
+    for name, column, below in (
+        ("focus", "soft_below", True),
+        ("sd", "empty_below", True),
+        ("glare", "debris_above", False),
+        ("saturated", "saturated_above", False),
+    ):
+        assert flagged(name, column, 0.99) == below
+        assert flagged(name, column, 1.01) != below
+
+
 # --- what a drug does, and what the microscope does ------------------------------------------
 
 
