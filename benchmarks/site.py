@@ -125,9 +125,12 @@ def main(side: int, rounds: int) -> None:
     ours, theirs = ({step: statistics.median(s) for step, s in clocks[name].seconds.items()} for name in ways)
     print(f"{'×'.join(map(str, truth.stack.shape))} pixels, medians of {rounds} rounds, ms of CPU")
     print(f"{'':<14}{'ours':>9}{'plain':>9}{'ratio':>8}")
-    for step in [*ours, "total"]:
-        mine, other = (sum(s.values()) if step == "total" else s[step] for s in (ours, theirs))
-        print(f"{step:<14}{1e3 * mine:>9.0f}{1e3 * other:>9.0f}{other / mine:>8.1f}")
+    for seconds in (ours, theirs):
+        seconds["total"] = sum(seconds.values())
+        # The plain way measures area, box and mean intensities, and ours every feature.
+        seconds["… but measures"] = seconds["total"] - seconds["measures"]
+    for step in ours:
+        print(f"{step:<14}{1e3 * ours[step]:>9.0f}{1e3 * theirs[step]:>9.0f}{theirs[step] / ours[step]:>8.1f}")
     for step, seconds in beside.seconds.items():
         print(f"{step:<14}{1e3 * statistics.median(seconds):>9.0f}{'-':>9}{'-':>8}")
     for name, (nuclei, cells, n_clips) in found.items():
