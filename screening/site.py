@@ -154,7 +154,9 @@ def process_site(
 
     nuclei = np.stack([_find_nuclei(_filled(plane), config.nuclei) for plane in corrected[:, nucleus]])
     n_nuclei = nuclei.max(axis=(1, 2))  # they are numbered from 1 without gaps
-    nuclei, parents = tracking.link(nuclei, config.tracking)
+    stained = np.stack([_filled(plane) for plane in corrected[:, nucleus]])
+    tracked = tracking.track(nuclei, config.tracking, stained)
+    nuclei, parents = tracked.labels, tracked.parents
     # Cells take the numbers of their nuclei, so what was linked as nuclei is linked as cells.
     cytoplasm = config.channels.cytoplasm
     seen = None if cytoplasm is None else corrected[:, _position(channels, cytoplasm)]

@@ -1,16 +1,18 @@
 """Tracking of labelled objects from frame to frame by global assignment, with gaps and divisions.
 
-Neighbouring frames are joined by the assignment of least total cost (overlap, distance and change of area,
-after the drift common to the frame is taken out), the ends left over are joined across missing frames the
-same way, and an object that appears beside another that has halved makes both daughters of it.
+Neighbouring frames are joined by the assignment of least total cost (overlap, distance, change of area and
+of intensity), after a drift common to the field is taken out and, where cells keep their course, each is
+looked for where its own course leads. An object that appears beside another that has halved makes both
+daughters of it, and the ends left over are joined across missing frames.
 
-Sources: K. Jaqaman et al. 2008 (assignment in two steps), C. L. Chalfoun et al. 2016 (overlap, size and
-distance in the cost), V. Ulman et al. 2017 (tracks end at a division, as in the Cell Tracking Challenge).
+Sources: K. Jaqaman et al. 2008 (assignment in two steps, motion from one frame foretelling the next),
+C. L. Chalfoun et al. 2016 (overlap, size and distance in the cost), V. Ulman et al. 2017 (tracks end at a
+division, as in the Cell Tracking Challenge).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
 from typing import Any
 
@@ -30,9 +32,14 @@ from storage_schemas.errors import InputError
 Labels = npt.NDArray[np.int32]
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
 
-# Frames are shrunk to this diameter (px) to find their drift: an error of a tenth of a diameter does no harm.
+# Frames are shrunk to this diameter (px) to find their drift, and the peak is refined between pixels.
 _DRIFT_DIAMETER = 10.0
+# What fewer objects do together cannot be told from what each does by itself.
+_DRIFT_CELLS = 5
+# Steps of a cell that its usual area is the median of: outlasts a mitosis' contraction and a brief merger.
+_USUAL_STEPS = 7
 
 
 class TrackingConfig(Config):
@@ -42,16 +49,32 @@ class TrackingConfig(Config):
         None, gt=0, description="farthest an object moves between frames, px; null is 1.3 diameters"
     )
     max_drift: float = Field(
-        0.5,
+        2.5, ge=0, description="largest common drift looked for between frames, diameters; 0 looks for none"
+    )
+    drift_match: float = Field(
+        0.6,
         ge=0,
-        description="largest common drift looked for between frames, diameters: 0.5 covers a stage's "
-        "jitter, moving tissue needs more, 0 looks for none",
+        le=1,
+        description="correlation of two frames' foregrounds from which their drift is taken out: 0.6 is a field "
+        "that moves as one, 0.3 also tissue that flows",
+    )
+    min_persistence: float = Field(
+        0.3,
+        ge=0,
+        le=1,
+        description="share of a cell's velocity that it keeps to the next frame, from which cells are looked for "
+        "where their course leads; measured on the movie; 1 never looks ahead",
     )
     overlap_weight: float = Field(0.5, ge=0, description="cost of no overlap, where the farthest distance costs 1")
     area_weight: float = Field(
         0.2, ge=0, description="cost of an e-fold change of area, where the farthest distance costs 1"
     )
-    max_gap: int = Field(2, ge=0, description="most frames in a row that a track may miss")
+    intensity_weight: float = Field(
+        0.1,
+        ge=0,
+        description="cost of an e-fold change of intensity over the background, where the farthest distance costs 1",
+    )
+    max_gap: int = Field(3, ge=0, description="most frames in a row that a track may miss")
     divisions: bool = Field(True, description="whether divisions are looked for")
     division_distance: float = Field(1.8, gt=0, description="farthest a daughter is from her mother, diameters")
     min_daughter_frames: int = Field(
@@ -59,116 +82,158 @@ class TrackingConfig(Config):
     )
 
 
-@dataclass(frozen=True)
-class _Objects:
-    """All objects of a movie, frame by frame, in the order of their place in the image."""
+@dataclass(frozen=True, eq=False)
+class Tracking:
+    """A tracked movie.
 
+    Attributes:
+        labels: (T, H, W) int32, one value a track, 1..n ordered by first frame, then by the label given there;
+            every object is in exactly one track.
+        parents: a row a daughter, columns ``track``, ``parent`` and ``frame`` (the daughter's first, int64): the
+            mother's track ends where her daughters' begin.
+        drift: (T, 2) float64, how far (y, x) in px the field has moved since the last frame with objects in it;
+            (0, 0) for the first frame and where no common drift was seen.
+        drift_removed: (T,) bool, whether that drift was taken out before linking: where it is seen and not taken
+            out, the field did not move as one (see :attr:`TrackingConfig.drift_match`).
+    """
+
+    labels: Labels
+    parents: pd.DataFrame
+    drift: Floats
+    drift_removed: Bools
+
+
+@dataclass(frozen=True, eq=False)
+class _Movie:
+    """All n objects of a movie, frame by frame, in the order of their place in the image."""
+
+    planes: Labels  # (T, H, W), every frame relabelled from 1 on in the order of its objects
+    first: Ints  # (T + 1,) position of each frame's first object
     frame: Ints
     label: Ints  # as given
     place: Floats  # (n, 2) centroid y, x in px with the drift taken out
     area: Floats
-    first: Ints  # (T + 1,) position of each frame's first object
+    brightness: Floats  # ln of the intensity over the background, relative to the frame's median object
+    travelled: Floats  # (T, 2) drift taken out so far
+
+    @property
+    def diameter(self) -> float:
+        return 2 * float(np.sqrt(np.median(self.area) / np.pi))
+
+    def at(self, t: int) -> slice:
+        """Positions of the objects of a frame."""
+        return slice(int(self.first[t]), int(self.first[t + 1]))
 
 
 def link(
     labels: npt.NDArray[np.integer[Any]],
     config: TrackingConfig = TrackingConfig(),  # noqa: B008
+    image: npt.NDArray[Any] | None = None,
 ) -> tuple[Labels, pd.DataFrame]:
+    """Labels with one value a track, and the table of divisions: :func:`track` for those who need no more."""
+    tracking = track(labels, config, image)
+    return tracking.labels, tracking.parents
+
+
+def track(
+    labels: npt.NDArray[np.integer[Any]],
+    config: TrackingConfig = TrackingConfig(),  # noqa: B008
+    image: npt.NDArray[Any] | None = None,
+) -> Tracking:
     """Give every object the id of its track.
+
+    The result depends on which pixels share a label, not on its value.
 
     Args:
         labels: (T, H, W) integer labels, 0 background; a value need not mean the same object in two frames.
         config: what may be linked.
-
-    Returns:
-        The movie with one value a track, (T, H, W) int32, 1..n ordered by first frame, then by label there;
-        and the divisions, a row a daughter, columns ``track``, ``parent`` and ``frame`` (the daughter's
-        first): the mother's track ends where her daughters' begin. Every object is in exactly one track, and
-        the result depends on which pixels share a label, not on its value.
+        image: (T, H, W), any real dtype, that the objects' intensities are measured in; None does without.
 
     Raises:
-        InputError: the labels are not (T, H, W) integers from 0 on.
+        InputError: the labels are not (T, H, W) integers from 0 on, or the image is of another shape or not finite.
     """
     if labels.ndim != 3 or labels.dtype.kind not in "iu" or (labels.size and labels.min() < 0):
         raise InputError(f"labels must be (T, H, W) integers from 0 on, not {labels.ndim}-d {labels.dtype}")
+    if image is not None and (image.shape != labels.shape or not np.isfinite(image).all()):
+        raise InputError(f"image must be finite and of the labels' shape {labels.shape}, not {image.shape}")
+    drift, removed = np.zeros((len(labels), 2)), np.zeros(len(labels), bool)
     if not labels.any():
         none = pd.DataFrame({"track": [], "parent": [], "frame": []}, dtype=np.int64)
-        return np.zeros(labels.shape, np.int32), none
-    planes, objects = _measure(labels)
-    n = len(objects.frame)
-    diameter = 2 * float(np.sqrt(np.median(objects.area) / np.pi))
-    reach = config.max_distance or 1.3 * diameter
-    drift = np.array([estimate_drift(a, b, diameter, config.max_drift) for a, b in _neighbours(planes)])
-    travelled = np.concatenate([np.zeros((1, 2)), np.cumsum(drift.reshape(-1, 2), axis=0)])
-    objects.place[:] -= travelled[objects.frame]
+        return Tracking(np.zeros(labels.shape, np.int32), none, drift, removed)
+    movie = _measure(labels, image)
+    reach = config.max_distance or 1.3 * movie.diameter
 
-    before = np.full(n, -1)  # the same cell one object earlier
-    for t, (a, b) in enumerate(_neighbours(planes)):
-        one, other = _link_frames(a, b, t, drift[t], objects, reach, config)
-        before[other] = one
-    mother = np.full(n, -1)
+    steps = list(pairwise(np.flatnonzero(np.diff(movie.first)).tolist()))
+    for s, e in steps:
+        drift[e], removed[e] = _common_drift(movie, s, e, reach, config)
+    travelled = np.cumsum(np.where(removed[:, None], drift, 0), axis=0)
+    movie = replace(movie, place=movie.place - travelled[movie.frame], travelled=travelled)
+
+    before, velocity, persistence = _link_steps(movie, steps, reach, config)
+    mother = np.full(len(before), -1)
     if config.divisions:
-        _find_divisions(objects, before, mother, config.division_distance * diameter, config)
-    _close_gaps(objects, before, mother, reach, config)
-
-    root = np.arange(n)
-    for i in np.flatnonzero(before >= 0):
-        root[i] = root[before[i]]
-    starts = np.flatnonzero(before < 0)
-    starts = starts[np.lexsort((objects.label[starts], objects.frame[starts]))]
-    track = np.zeros(n, np.int32)
-    track[starts] = np.arange(1, len(starts) + 1)
-    track = track[root]
-    for t, plane in enumerate(planes):
-        ids = track[objects.first[t] : objects.first[t + 1]]
-        planes[t] = np.concatenate([np.zeros(1, np.int32), ids])[plane]
-    daughters = starts[mother[starts] >= 0]
-    parents = {
-        "track": track[daughters].astype(np.int64),
-        "parent": track[mother[daughters]].astype(np.int64),
-        "frame": objects.frame[daughters],
-    }
-    return planes, pd.DataFrame(parents)
+        _find_divisions(movie, before, mother, config)
+    _close_gaps(movie, before, mother, velocity, persistence, reach, config)
+    return Tracking(*_number(movie, before, mother), drift, removed)
 
 
-def estimate_drift(before: Labels, after: Labels, diameter: float, max_drift: float) -> Floats:
-    """Shift (dy, dx) in px by which the objects of a frame have moved together since the frame before.
+def estimate_drift(before: Labels, after: Labels, diameter: float, max_drift: float) -> tuple[Floats, float]:
+    """Shift (dy, dx) in px by which the objects of a frame have moved together since another, and its match.
 
     It is the peak of the normalised cross-correlation of the two foregrounds, which unlike phase correlation
-    looks at the shared part of the fields only. Where no peak stands out within ``max_drift`` diameters, (0, 0).
+    looks at the shared part of the fields only; the match is the correlation there. Where no peak stands out
+    within ``max_drift`` diameters, the shift is (0, 0) and the match 0.
     """
-    none = np.zeros(2)
+    nothing = np.zeros(2), 0.0
     scale = min(1.0, _DRIFT_DIAMETER / diameter)
+    size = [max(1, round(side * scale)) for side in before.shape]
     shrunk = [
-        cv2.resize((p > 0).astype(np.float32), None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-        for p in (before, after)
+        cv2.resize((plane > 0).astype(np.float32), size[::-1], interpolation=cv2.INTER_AREA)
+        for plane in (before, after)
     ]
-    reach = min(int(np.ceil(max_drift * diameter * scale)), min(shrunk[0].shape) // 4)
+    reach = min(int(np.ceil(max_drift * diameter * scale)), min(size) // 4)
     if reach < 1:
-        return none
+        return nothing
     template = shrunk[0][reach:-reach, reach:-reach]
     if np.ptp(template) == 0 or np.ptp(shrunk[1]) == 0:
-        return none
-    match = cv2.matchTemplate(shrunk[1], template, cv2.TM_CCOEFF_NORMED)
-    y, x = (int(i) - reach for i in np.unravel_index(match.argmax(), match.shape))
-    stands_out = match.max() > max(0.3, match[reach, reach] + 0.1)
+        return nothing
+    match = cv2.matchTemplate(shrunk[1], template, cv2.TM_CCOEFF_NORMED).astype(np.float64)
+    y, x = (int(i) for i in np.unravel_index(match.argmax(), match.shape))
+    stands_out = match[y, x] > max(0.3, match[reach, reach] + 0.1)
     # A maximum on the rim of the search is a slope, not a peak.
-    if not stands_out or max(abs(y), abs(x)) == reach:
-        return none
-    return np.array([float(y) / scale, float(x) / scale])
+    if not stands_out or min(y, x) == 0 or max(y, x) == 2 * reach:
+        return nothing
+    peak = np.array([y + _summit(*match[y - 1 : y + 2, x]), x + _summit(*match[y, x - 1 : x + 2])])
+    return (peak - reach) * before.shape / size, float(match[y, x])
 
 
-def _neighbours(planes: Labels) -> list[tuple[Labels, Labels]]:
-    return list(pairwise(planes))
+def _summit(left: float, middle: float, right: float) -> float:
+    """Place of the top of the parabola through three values, the middle one the largest, from -0.5 to 0.5."""
+    bend = left - 2 * middle + right
+    return (left - right) / (2 * bend) if bend < 0 else 0.0
 
 
-def _measure(labels: npt.NDArray[np.integer[Any]]) -> tuple[Labels, _Objects]:
-    """Every frame relabelled 1..n in the order of place, and its objects."""
+def _common_drift(movie: _Movie, s: int, e: int, reach: float, config: TrackingConfig) -> tuple[Floats, bool]:
+    """The drift from frame ``s`` to ``e``, and whether to take it out.
+
+    A few cells that happen to move alike correlate as well as a field that has moved, so the drift must also
+    make the assignment cheaper than it is without.
+    """
+    if min(len(movie.area[movie.at(s)]), len(movie.area[movie.at(e)])) < _DRIFT_CELLS:
+        return np.zeros(2), False
+    drift, match = estimate_drift(movie.planes[s], movie.planes[e], movie.diameter, config.max_drift)
+    if match == 0 or match < config.drift_match:
+        return drift, False
+    still, moved = (_link_frames(movie, s, e, move, reach, config)[2] for move in (np.zeros(2), drift))
+    return drift, moved > still
+
+
+def _measure(labels: npt.NDArray[np.integer[Any]], image: npt.NDArray[Any] | None) -> _Movie:
     planes = np.zeros(labels.shape, np.int32)
-    frames, ids, places, areas = [], [], [], []
+    frames, ids, places, areas, brightness = [], [], [], [], []
     for t, plane in enumerate(labels):
         inside = np.flatnonzero(plane)
-        label, compact = np.unique(plane.ravel()[inside], return_inverse=True)
+        compact, label = pd.factorize(plane.ravel()[inside])
         area = np.bincount(compact, minlength=len(label)).astype(float)
         pixels = np.divmod(inside, plane.shape[1])
         place = np.stack([np.bincount(compact, p, minlength=len(label)) / area for p in pixels], axis=1)
@@ -180,43 +245,112 @@ def _measure(labels: npt.NDArray[np.integer[Any]]) -> tuple[Labels, _Objects]:
         ids.append(label[order].astype(np.int64))
         places.append(place[order])
         areas.append(area[order])
-    first = np.cumsum([0, *(len(f) for f in frames)])
-    return planes, _Objects(
+        seen = np.zeros(len(label)) if image is None else _brightness(planes[t], image[t], area[order])
+        brightness.append(seen)
+    return _Movie(
+        planes=planes,
+        first=np.cumsum([0, *(len(f) for f in frames)]),
         frame=np.concatenate(frames),
         label=np.concatenate(ids),
         place=np.concatenate(places),
         area=np.concatenate(areas),
-        first=first,
+        brightness=np.concatenate(brightness),
+        travelled=np.zeros((len(labels), 2)),
     )
 
 
+def _brightness(plane: Labels, image: npt.NDArray[Any], area: Floats) -> Floats:
+    """Logarithm of each object's mean intensity over the background, relative to the frame's median object."""
+    if len(area) == 0:
+        return np.zeros(0)
+    outside = image[plane == 0]
+    background = float(np.median(outside)) if outside.size else float(image.min())
+    signal = np.bincount(plane.ravel(), image.ravel(), minlength=len(area) + 1)[1:] / area - background
+    # An object no brighter than the background has no logarithm: it is as dim as a hundredth of the usual.
+    usual = float(np.median(signal))
+    return np.log(np.maximum(signal / usual, 0.01)) if usual > 0 else np.zeros(len(area))
+
+
+def _link_steps(
+    movie: _Movie, steps: list[tuple[int, int]], reach: float, config: TrackingConfig
+) -> tuple[Ints, Floats, float]:
+    """For each object the same cell one object earlier (-1 for none), its velocity and how much of it is kept.
+
+    The first round knows no velocities. If its tracks show that cells keep their course, they are linked again
+    with each looked for ahead, which may show more of it: directed cells are found in a few rounds.
+    """
+    persistence = 0.0
+    steps = [(s, e) for s, e in steps if e - s <= config.max_gap + 1]
+    while True:
+        before, velocity = np.full(len(movie.frame), -1), np.zeros((len(movie.frame), 2))
+        for s, e in steps:
+            move = velocity[movie.at(s)] * _coasting(persistence, e - s)
+            one, other, _ = _link_frames(movie, s, e, move, reach, config)
+            before[other] = one
+            velocity[other] = (movie.place[other] - movie.place[one]) / (e - s)
+        found = _persistence(before, velocity)
+        # The rounds end because each must raise a number that is at most 1.
+        if found < config.min_persistence or found < persistence + 0.05:
+            return before, velocity, persistence
+        persistence = found
+
+
+def _persistence(before: Ints, velocity: Floats) -> float:
+    """Slope of a cell's velocity on its velocity a step before, 0..1."""
+    later = np.flatnonzero(before >= 0)
+    later = later[before[before[later]] >= 0]
+    now, past = velocity[later], velocity[before[later]]
+    # Fewer cannot tell a course from chance.
+    if len(later) < 10 or not past.any():
+        return 0.0
+    return float(np.clip((now * past).sum() / (past**2).sum(), 0, 1))
+
+
+def _coasting(persistence: float, frames: int) -> float:
+    """Frames' worth of its velocity that a cell goes on by when it keeps a share of it each frame."""
+    return sum(persistence**k for k in range(1, frames + 1))
+
+
 def _link_frames(
-    a: Labels,
-    b: Labels,
-    t: int,
-    drift: Floats,
-    objects: _Objects,
-    reach: float,
-    config: TrackingConfig,
-) -> tuple[Ints, Ints]:
-    """Objects of frame ``t`` and what each of them is in the next frame."""
-    here, there = objects.first[t], objects.first[t + 1]
-    one, other, distance = _near(objects.place[here:there], objects.place[there : objects.first[t + 2]], reach)
-    shared = _overlap(a, b, drift)[one + 1, other + 1]
-    one, other = one + here, other + there
-    union = objects.area[one] + objects.area[other] - shared
-    growth = np.abs(np.log(objects.area[one] / objects.area[other]))
-    cost = (distance / reach) ** 2 + config.overlap_weight * (1 - shared / union) + config.area_weight * growth
-    return _assign(one, other, cost, 1 + config.overlap_weight)
+    movie: _Movie, s: int, e: int, move: Floats, reach: float, config: TrackingConfig
+) -> tuple[Ints, Ints, float]:
+    """Objects of frame ``s`` that are expected to ``move`` (px), what they are in frame ``e``, and the cost saved.
+
+    What is saved is against the cost of leaving all unlinked.
+    """
+    here, there = movie.at(s), movie.at(e)
+    move = np.broadcast_to(move, (here.stop - here.start, 2))
+    one, other, distance = _near(movie.place[here] + move, movie.place[there], reach)
+    drift = movie.travelled[e] - movie.travelled[s]
+    shared = _overlap(movie.planes[s], movie.planes[e], np.rint(move + drift).astype(np.int64))[one + 1, other + 1]
+    one, other = one + here.start, other + there.start
+    union = movie.area[one] + movie.area[other] - shared
+    cost = (distance / reach) ** 2 + config.overlap_weight * (1 - shared / union)
+    cost += _change(movie, one, other, config)
+    worst = 1 + config.overlap_weight
+    kept = _assign(one, other, cost, worst)
+    return one[kept], other[kept], float((worst - cost[kept]).sum())
 
 
-def _overlap(a: Labels, b: Labels, drift: Floats) -> Ints:
-    """(na + 1, nb + 1) pixels that label i of ``a``, moved by the drift, shares with label j of ``b``."""
-    (y, x), (height, width) = np.rint(drift).astype(int), a.shape
-    moved = a[max(0, -y) : height - max(0, y), max(0, -x) : width - max(0, x)].astype(np.int64)
-    still = b[max(0, y) : height + min(0, y), max(0, x) : width + min(0, x)]
-    na, nb = int(a.max()) + 1, int(b.max()) + 1
-    return np.bincount((moved * nb + still).ravel(), minlength=na * nb).reshape(na, nb)
+def _change(movie: _Movie, one: Ints, other: Ints, config: TrackingConfig) -> Floats:
+    """Cost of the change of area and intensity from one object to the other."""
+    growth = np.abs(np.log(movie.area[one] / movie.area[other]))
+    brightening = np.abs(movie.brightness[one] - movie.brightness[other])
+    return config.area_weight * growth + config.intensity_weight * brightening
+
+
+def _overlap(a: Labels, b: Labels, move: Ints) -> Ints:
+    """(na + 1, nb + 1) pixels that label i of ``a``, moved by ``move[i - 1]`` px, shares with label j of ``b``."""
+    height, width = a.shape
+    inside = np.flatnonzero(a)
+    label = a.ravel()[inside].astype(np.int64)
+    y, x = np.divmod(inside, width)
+    y += move[label - 1, 0]
+    x += move[label - 1, 1]
+    kept = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    na, nb = len(move) + 1, int(b.max()) + 1
+    pair = label[kept] * nb + b[y[kept], x[kept]]
+    return np.bincount(pair, minlength=na * nb).reshape(na, nb)
 
 
 def _near(a: Floats, b: Floats, reach: float) -> tuple[Ints, Ints, Floats]:
@@ -228,18 +362,17 @@ def _near(a: Floats, b: Floats, reach: float) -> tuple[Ints, Ints, Floats]:
     return pairs["i"].astype(np.int64), pairs["j"].astype(np.int64), pairs["v"]
 
 
-def _assign(one: Ints, other: Ints, cost: Floats, max_cost: float) -> tuple[Ints, Ints]:
-    """One-to-one pairs of least total cost, where leaving two ends apart costs ``max_cost``.
+def _assign(one: Ints, other: Ints, cost: Floats, max_cost: float) -> Ints:
+    """Positions of the one-to-one pairs of least total cost, where leaving two ends apart costs ``max_cost``.
 
     Pairs that share no object even through others are solved apart: the sum is the same, and the time grows
-    with the crowding and not with the square of the number of objects.
+    with the crowding and not with the square of the number of movie.
     """
-    allowed = cost < max_cost
-    one, other, cost = one[allowed], other[allowed], cost[allowed]
-    if one.size == 0:
-        return one, other
-    rows, row = np.unique(one, return_inverse=True)
-    columns, column = np.unique(other, return_inverse=True)
+    allowed = np.flatnonzero(cost < max_cost)
+    if allowed.size == 0:
+        return allowed
+    rows, row = np.unique(one[allowed], return_inverse=True)
+    columns, column = np.unique(other[allowed], return_inverse=True)
     size = len(rows) + len(columns)
     graph = coo_matrix((np.ones(len(row)), (row, column + len(rows))), shape=(size, size))
     group = connected_components(graph, directed=False)[1][row]
@@ -250,20 +383,18 @@ def _assign(one: Ints, other: Ints, cost: Floats, max_cost: float) -> tuple[Ints
         c, j = np.unique(column[members], return_inverse=True)
         table = np.full((len(r), len(c)), max_cost)
         edge = np.full(table.shape, -1)
-        table[i, j] = cost[members]
-        edge[i, j] = members
+        table[i, j] = cost[allowed[members]]
+        edge[i, j] = allowed[members]
         chosen.append(edge[linear_sum_assignment(table)])
     kept = np.concatenate(chosen)
-    kept = np.sort(kept[kept >= 0])
-    return one[kept], other[kept]
+    return np.sort(kept[kept >= 0])
 
 
-def _find_divisions(objects: _Objects, before: Ints, mother: Ints, reach: float, config: TrackingConfig) -> None:
+def _find_divisions(movie: _Movie, before: Ints, mother: Ints, config: TrackingConfig) -> None:
     """Write ``mother`` for both daughters of each division, and cut the link from her to either of them.
 
-    Candidates are two objects nearer than ``reach`` to where she was, either both new or one of them what
-    she was linked to. Her area is the largest of her last frames, and no less than the movie's median,
-    since she contracts before she divides. The likeliest are taken first.
+    Candidates are two objects near to where she was, either both new or one of them what she was linked to.
+    The likeliest are taken first.
     """
     n = len(before)
     after = np.full(n, -1)
@@ -272,27 +403,25 @@ def _find_divisions(objects: _Objects, before: Ints, mother: Ints, reach: float,
     for i in range(n - 1, -1, -1):
         if after[i] >= 0:
             age[i] += age[after[i]]
-    lasting = age >= np.minimum(config.min_daughter_frames, objects.frame[-1] - objects.frame + 1)
-    was = objects.area.copy()
-    for _ in range(3):
-        was = np.where(before >= 0, np.maximum(was, was[before]), was)
-    was = np.maximum(was, np.median(objects.area))
+    lasting = age >= np.minimum(config.min_daughter_frames, movie.frame[-1] - movie.frame + 1)
+    reach, typical = config.division_distance * movie.diameter, float(np.median(movie.area))
 
     candidates: list[tuple[float, int, int, int]] = []
-    for t in range(1, len(objects.first) - 1):
-        past, now, end = objects.first[t - 1 : t + 2]
-        m, d, _ = _near(objects.place[past:now], objects.place[now:end], reach)
-        m, d = m + past, d + now
+    for s, e in pairwise(range(len(movie.planes))):
+        m, d, _ = _near(movie.place[movie.at(s)], movie.place[movie.at(e)], reach)
+        m, d = m + movie.first[s], d + movie.first[e]
         free = lasting[d] & ((before[d] < 0) | (before[d] == m))
         m, d = m[free], d[free]
-        for parent in np.unique(m):
+        parents, counts = np.unique(m, return_counts=True)
+        for parent in parents[counts > 1].tolist():
             beside = d[m == parent]
             heir = int(after[parent])
+            was = _usual_area(movie.area, before, parent, typical)
             for a, b in combinations(beside.tolist(), 2):
                 if heir < 0 or heir in (a, b):
-                    cost = _division_cost(objects, was[parent], parent, a, b, heir >= 0)
+                    cost = _division_cost(movie, was, parent, a, b, heir >= 0)
                     if cost is not None:
-                        candidates.append((cost, int(parent), a, b))
+                        candidates.append((cost, parent, a, b))
     taken: set[int] = set()
     for _, parent, a, b in sorted(candidates):
         if taken.isdisjoint((~parent, a, b)):  # a mother may herself be a daughter, so she is noted apart
@@ -301,42 +430,88 @@ def _find_divisions(objects: _Objects, before: Ints, mother: Ints, reach: float,
             mother[[a, b]] = parent
 
 
-def _division_cost(objects: _Objects, was: float, mother: int, a: int, b: int, goes_on: bool) -> float | None:
+def _usual_area(area: Floats, before: Ints, i: int, typical: float) -> float:
+    """Area of a cell before what befell it last, and no less than the movie's typical one.
+
+    The median of its last steps is neither the contracted area of a cell about to divide, nor that of a mask
+    that held its neighbour too, whose splitting is no division.
+    """
+    steps: list[float] = []
+    while i >= 0 and len(steps) < _USUAL_STEPS:
+        steps.append(area[i])
+        i = int(before[i])
+    return max(typical, float(np.median(steps)))
+
+
+def _division_cost(movie: _Movie, was: float, mother: int, a: int, b: int, goes_on: bool) -> float | None:
     """How unlike a division the mother and two daughters are, or None where they cannot be one.
 
-    A mother whose track was followed on must be clearly larger than either, unless she had contracted; where
-    she vanished and two objects came in her place, that is evidence enough.
+    Together they are about as large as she is, contracted, or was before. A mother whose track was followed on
+    must have been clearly larger than either, unless she had contracted; where she vanished and two objects
+    came in her place, that is evidence enough.
     """
-    between = objects.place[a] - objects.place[b]
-    middle = (objects.place[a] + objects.place[b]) / 2 - objects.place[mother]
+    between = movie.place[a] - movie.place[b]
+    middle = (movie.place[a] + movie.place[b]) / 2 - movie.place[mother]
     lopsided = float(np.hypot(*middle) / max(np.hypot(*between), 1e-9))
-    unlike = abs(float(np.log(objects.area[a] / objects.area[b])))
-    limit = np.inf if not goes_on else 1.1 if objects.area[mother] < 0.7 * was else 0.9
-    larger, both = max(objects.area[a], objects.area[b]) / was, (objects.area[a] + objects.area[b]) / was
-    if lopsided > 0.35 or unlike > np.log(2) or not 0.4 < both < 3 or larger > limit:
+    unlike = abs(float(np.log(movie.area[a] / movie.area[b])))
+    now, both = float(movie.area[mother]), float(movie.area[a] + movie.area[b])
+    misfit = both / min(max(both, min(now, was)), max(now, was))
+    limit = np.inf if not goes_on else 1.1 if now < 0.7 * was else 0.9
+    larger = max(movie.area[a], movie.area[b]) / was
+    if lopsided > 0.4 or unlike > np.log(2) or not 0.4 < misfit < 3 or larger > limit:
         return None
-    return lopsided + unlike + abs(float(np.log(both)))
+    return lopsided + unlike + abs(float(np.log(misfit)))
 
 
-def _close_gaps(objects: _Objects, before: Ints, mother: Ints, reach: float, config: TrackingConfig) -> None:
+def _close_gaps(
+    movie: _Movie,
+    before: Ints,
+    mother: Ints,
+    velocity: Floats,
+    persistence: float,
+    reach: float,
+    config: TrackingConfig,
+) -> None:
     """Join ends of tracks to later beginnings within ``config.max_gap`` missing frames."""
-    if config.max_gap == 0:
-        return
     goes_on = np.zeros(len(before), bool)
     goes_on[before[before >= 0]] = True
     goes_on[mother[mother >= 0]] = True
     ends = np.flatnonzero(~goes_on)
     starts = np.flatnonzero((before < 0) & (mother < 0))
     one, other, cost = [], [], []
-    for step in range(2, config.max_gap + 2):
-        for t in np.unique(objects.frame[ends]):
-            here, there = ends[objects.frame[ends] == t], starts[objects.frame[starts] == t + step]
+    for frames in range(2, config.max_gap + 2):
+        expected = movie.place + velocity * _coasting(persistence, frames)
+        for t in np.unique(movie.frame[ends]):
+            here, there = ends[movie.frame[ends] == t], starts[movie.frame[starts] == t + frames]
             # A cell wanders: its likely distance grows with the root of the time.
-            i, j, distance = _near(objects.place[here], objects.place[there], reach * np.sqrt(step))
-            growth = np.abs(np.log(objects.area[here[i]] / objects.area[there[j]]))
-            one.append(here[i])
-            other.append(there[j])
-            cost.append(distance**2 / (reach**2 * step) + config.area_weight * growth)
+            i, j, distance = _near(expected[here], movie.place[there], reach * np.sqrt(frames))
+            i, j = here[i], there[j]
+            one.append(i)
+            other.append(j)
+            cost.append(distance**2 / (reach**2 * frames) + _change(movie, i, j, config))
     if one:
-        i, j = _assign(np.concatenate(one), np.concatenate(other), np.concatenate(cost), 1.0)
-        before[j] = i
+        i, j = np.concatenate(one), np.concatenate(other)
+        kept = _assign(i, j, np.concatenate(cost), 1.0)
+        before[j[kept]] = i[kept]
+
+
+def _number(movie: _Movie, before: Ints, mother: Ints) -> tuple[Labels, pd.DataFrame]:
+    """The movie with one value a track, and the table of daughters."""
+    root = np.arange(len(before))
+    for i in np.flatnonzero(before >= 0):
+        root[i] = root[before[i]]
+    starts = np.flatnonzero(before < 0)
+    starts = starts[np.lexsort((movie.label[starts], movie.frame[starts]))]
+    track = np.zeros(len(before), np.int32)
+    track[starts] = np.arange(1, len(starts) + 1)
+    track = track[root]
+    labels = np.empty_like(movie.planes)
+    for t, plane in enumerate(movie.planes):
+        labels[t] = np.concatenate([np.zeros(1, np.int32), track[movie.at(t)]])[plane]
+    daughters = starts[mother[starts] >= 0]
+    parents = {
+        "track": track[daughters].astype(np.int64),
+        "parent": track[mother[daughters]].astype(np.int64),
+        "frame": movie.frame[daughters],
+    }
+    return labels, pd.DataFrame(parents)
