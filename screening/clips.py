@@ -29,7 +29,7 @@ FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 Frames = npt.NDArray[np.integer[Any]]
 BoolArray = npt.NDArray[np.bool_]
-Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
+Pixels = npt.NDArray[np.uint8 | np.uint16 | np.float32]
 
 # Why a track has no clip; the empty reason is that of tracks which have one.
 KEPT = ""
@@ -348,10 +348,9 @@ def cut(
     A window is centred on the cell's box in each frame (centre rounded down); beyond the image it
     shows what ``padding`` says. Where the cell is missing, the window and mask are those of the
     nearest frame that has it; with ``repair``, bad frames show the nearest good frame. Black is
-    ``low`` and white ``high``, cut off beyond; NaN is black. Clips of 8 bit are rounded *before*
-    masking and resizing, which is fast, others after; without these two a clip's pixel is the
-    image's pixel. Larger windows are averaged down to ``size`` (area), smaller ones interpolated
-    (linear).
+    ``low`` and white ``high``, cut off beyond and rounded to ``dtype`` *before* masking and
+    resizing, so without these a clip's pixel is the image's pixel; NaN is black. Larger windows are
+    averaged down to ``size`` (area), smaller ones interpolated (linear).
 
     Args:
         stack: (T, C, H, W), the corrected site, any real dtype.
@@ -387,7 +386,7 @@ def cut(
     # A range that all clips share is applied to the whole image, for windows overlap.
     shared = bool((low == low[:1]).all() and (high == high[:1]).all())
     white = np.float32(WHITE[config.dtype])
-    work = np.uint8 if config.dtype == "uint8" else np.float32
+    work = np.float32 if config.dtype == "float16" else np.dtype(config.dtype).type
     clips = np.zeros((len(positions), n_channels, len(frames), config.size, config.size), config.dtype)
     pad = int(sides.max(initial=0)) + 1
     padded = (n_channels, height + 2 * pad, width + 2 * pad)
@@ -423,12 +422,9 @@ def cut(
 
 @numba.njit(cache=True, nogil=True)
 def _scale(plane: FloatArray, low: np.float32, high: np.float32, white: np.float32, out: Pixels) -> None:
-    """Scale (H, W) from [low, high] to [0, white], rounded if ``out`` is 8 bit; a range without width leaves both ends.
-
-    ``out`` is uint8 or float32.
-    """
+    """Scale (H, W) from [low, high] to [0, white], rounded into integers; a range without width leaves both ends."""
     gain = white / max(high - low, np.float32(1e-12))
-    half = np.float32(0.5 * (out.itemsize == 1))
+    half = np.float32(0.5 * (out.itemsize < 4))
     for y in range(plane.shape[0]):
         for x in range(plane.shape[1]):
             value = (plane[y, x] - low) * gain
@@ -475,7 +471,7 @@ def _mask(
             if 0 <= y < labels.shape[0] and 0 <= x < labels.shape[1] and labels[y, x] == track:
                 row += 1
             total[i, j] = total[i - 1, j] + row
-    half = np.float32(0.5 * (out.itemsize == 1))
+    half = np.float32(0.5 * (out.itemsize < 4))
     for i in range(height):
         above, below = total[i], total[i + _SOFT_MASK]
         for channel in range(len(window)):
@@ -486,10 +482,10 @@ def _mask(
 
 
 def _store(window: Pixels, out: Clips) -> None:
-    """Resize a window (C, side, side) to a clip's frame (C, size, size), and round it if it is not yet."""
+    """Resize a window (C, side, side) to a clip's frame (C, size, size)."""
     size = out.shape[-1]
     if window.shape[-1] != size:
         shrinks = window.shape[-1] > size
         interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
         window = np.stack([cv2.resize(plane, (size, size), interpolation=interpolation) for plane in window])
-    out[:] = np.rint(window) if out.dtype == np.uint16 else window
+    out[:] = window
