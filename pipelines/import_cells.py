@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from pipelines.inputs import annotation_identity, well_keys
+from pipelines.progress import console
 from pipelines.stage import do_stage
 from pipelines.units import Counts, StageError, Work, run_units
 from screening import mitoreid
@@ -108,17 +109,23 @@ def import_cells(
     write_table(screen.plate_map, plan.plate_map, PLATE_MAP)
     write_table(screen.compounds, plan.compounds, COMPOUNDS)
 
+    for note in plan.notes:
+        console.print(f"note: {note}", soft_wrap=True)
+
     units = well_keys(plan.plate_map)
     context = _Context(source, config, plan.sequences, screen, mark)
     do_stage(
         screen,
         "segment",
         mark,
-        partial(_import, context, units, plan.notes),
+        partial(_import, context, units),
         {"wells": len(units)},
         whole=set(units) <= screen.done_units("segment"),
     )
-    return screen.read_manifest().stages["segment"].counts
+    # Also where the clips were there before and only the annotation is another.
+    record = screen.read_manifest().stages["segment"].model_copy(update={"notes": plan.notes})
+    screen.write_record("segment", record)
+    return record.counts
 
 
 def _continued(screen: Screen, manifest: Manifest, update: bool) -> Manifest:
@@ -230,8 +237,8 @@ def _some(names: Sequence[str]) -> str:
 # --- wells ---------------------------------------------------------------------------------------
 
 
-def _import(context: _Context, wells: Sequence[WellKey], notes: list[str]) -> tuple[Counts, list[str]]:
-    """Import all wells that have not been done; counts over all, and notes for the reader."""
+def _import(context: _Context, wells: Sequence[WellKey]) -> tuple[Counts, list[str]]:
+    """Import all wells that have not been done; counts over all."""
     screen = context.screen
     write_table(screen.sequences, context.sequences, SEQUENCES, context.fingerprint)
     run_units(screen, "segment", wells, Work(partial(import_well, context)), _MAX_FAILED_SHARE)
@@ -250,7 +257,7 @@ def _import(context: _Context, wells: Sequence[WellKey], notes: list[str]) -> tu
     if not counts["clips"]:
         first = screen.failures("segment")[0]
         raise StageError(f"none of {lost} sequences can be used; the first: {first.unit}: {first.message}")
-    return dict(counts), notes
+    return dict(counts), []
 
 
 def import_well(context: _Context, well: WellKey) -> float:

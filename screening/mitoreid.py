@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from typing import Literal, NamedTuple, get_args
 
@@ -122,8 +123,8 @@ def compounds(
     """A table of compounds from the annotation.
 
     The released code tells drugs apart by ``moa_id`` and takes those whose ``moa_choose`` is 1, as here; ``moa_id``
-    empty, ``unknown`` or ``nan`` is no MOA. An MOA is called by the first ``common_moa`` of its id. The control has
-    none: it is a class of its own wherever MOAs are.
+    empty, ``unknown`` or ``nan`` is no MOA. An MOA is called by the first ``common_moa`` of its id, and by the id where
+    that does not tell it from others. The control has none: it is a class of its own wherever MOAs are.
 
     Args:
         fda: the sheet FDA-list, cells as text or None, with the columns :data:`FDA_COLUMNS` and any others; its index
@@ -136,8 +137,7 @@ def compounds(
         a drug and one for the control; and notes for the reader.
 
     Raises:
-        InputError: if a column is missing, a drug has no index or stands there twice, no drug is chosen, or MOAs of
-            different ids have one name.
+        InputError: if a column is missing, a drug has no index or stands there twice, or no drug is chosen.
     """
     _check_sheet(fda, "FDA-list", FDA_COLUMNS)
     tables = [fda.assign(compound=fda["index"])]
@@ -154,13 +154,10 @@ def compounds(
     taken = known if moas == "all" else known & chosen
     if not taken.any():
         raise InputError("sheet FDA-list: no drug has the moa_choose 1 and a moa_id, so no MOA would be known")
-    names, notes = _moa_names(table[known])
+    names, notes = _moa_names(table[taken])
     table["moa"] = table["moa_id"].where(taken, None).map(names)
-    rest = int((~taken).sum())
-    notes.insert(
-        0, f"annotation: {table['moa'].nunique()} MOAs of {int(taken.sum())} drugs; {rest} others have none here"
-    )
-    return table[["compound", "name", "cas", "moa"]], notes
+    count = f"annotation: {len(names)} MOAs of {int(taken.sum())} drugs; {int((~taken).sum())} others have none here"
+    return table[["compound", "name", "cas", "moa"]], [count, *notes]
 
 
 def _check_sheet(sheet: pd.DataFrame, name: str, columns: Sequence[str]) -> None:
@@ -176,22 +173,20 @@ def _check_sheet(sheet: pd.DataFrame, name: str, columns: Sequence[str]) -> None
 
 
 def _moa_names(table: pd.DataFrame) -> tuple[dict[str, str], list[str]]:
-    """What each moa_id is called, and which have several names."""
+    """What each moa_id is called, and notes on names that do not tell one from another."""
     names: dict[str, str] = {}
-    ambiguous: list[str] = []
+    notes: list[str] = []
     for moa_id, of_id in table.groupby("moa_id", sort=False):
         said = list(dict.fromkeys(" ".join(name.split()) for name in of_id["common_moa"].dropna()))
-        if not said:
-            raise InputError(f"sheet FDA-list: no drug of moa_id {moa_id} has a common_moa, which it is called by")
-        names[str(moa_id)] = said[0]
+        names[str(moa_id)] = said[0] if said else f"moa_id {moa_id}"
         if len(said) > 1:
-            ambiguous.append(f"annotation: moa_id {moa_id} has the names {said}; it is called by the first")
-    by_name = pd.Series(names)
-    shared = by_name[by_name.duplicated(keep=False)]
-    if len(shared):
-        alike = sorted(shared.index[shared == shared.iloc[0]], key=natural)
-        raise InputError(f"sheet FDA-list: moa_id {alike} have one common_moa, {shared.iloc[0]!r}; tell them apart")
-    return names, ambiguous
+            notes.append(f"annotation: moa_id {moa_id} has the names {said}; it is called by the first")
+    for name, count in Counter(names.values()).items():
+        if count > 1:
+            alike = [moa_id for moa_id in names if names[moa_id] == name]
+            notes.append(f"annotation: moa_id {alike} are all called {name!r}; their ids are put after it")
+            names |= {moa_id: f"{name} (moa_id {moa_id})" for moa_id in alike}
+    return names, notes
 
 
 def identify(sequences: pd.DataFrame, known: Collection[str]) -> pd.Series[str]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,8 @@ from pipelines.run import run
 from storage_schemas.errors import InputError
 from storage_schemas.keys import WellKey
 from storage_schemas.plate import create_well, list_wells
+from storage_schemas.screen import Manifest, Screen, Stage, StageRecord
+from storage_schemas.tables import COMPOUNDS, PLATE_MAP, open_table, write_table
 
 BLANK = {"0": np.zeros((1, 1, 4, 4), np.uint16)}
 
@@ -202,6 +205,68 @@ def configured(folder: Path, **settings: object) -> RunConfig:
     }
     document = {"inputs": inputs, "segment": {"channels": {"nucleus": "dna"}}, **settings}
     return parse(document, "test")
+
+
+# --- cells of another screen ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def lender(folder: Path) -> Screen:
+    """A screen of two wells whose cells are there, as far as its manifest and tables say."""
+    screen = Screen(str(folder / "lender"))
+    done = StageRecord(fingerprint="abc", done=True, output="def", counts={"wells": 2})
+    screen.write_manifest(Manifest(software={}, config={}, inputs="", stages={"segment": done}))
+    inputs = opened(folder)
+    write_table(screen.plate_map, inputs.plate_map[inputs.plate_map["plate"] == "p1"], PLATE_MAP)
+    write_table(screen.compounds, inputs.compounds, COMPOUNDS)
+    return screen
+
+
+def test_cells_come_with_their_tables(lender: Screen) -> None:
+    inputs = open_inputs(InputsConfig(cells=lender.url))
+    assert (inputs.cells, inputs.plates, inputs.notes) == (lender, {}, ())
+    assert inputs.wells == [WellKey("p1", "A01"), WellKey("p1", "B02")]
+    assert inputs.plate_map_url == lender.plate_map
+    assert inputs.compounds["compound"].tolist() == ["DMSO", "FCCP"]
+    assert inputs.compounds["moa"].dropna().tolist() == ["uncoupler"]
+
+
+def test_cells_can_be_told_apart_by_other_tables(folder: Path, lender: Screen) -> None:
+    tables = {"plate_map": f"{folder}/plate_map.csv", "compounds": f"{folder}/compounds.csv"}
+    said = message(folder, plates=None, cells=lender.url)
+    assert said.startswith(f"2 well(s) of the plate map {tables['plate_map']} are on none of the plates ['p1']: p2/A01")
+    edit(folder / "compounds.csv", "uncoupler", "protonophore")
+    edit(folder / "plate_map.csv", "p1,A01,DMSO,negative_control\n", "")
+    skip: dict[str, Literal["error", "skip"]] = {"missing_wells": "skip", "unused_compounds": "skip"}
+    said = message(folder, plates=None, cells=lender.url, missing_wells="skip")
+    assert said.startswith(f"1 well(s) with cells are not in the plate map {tables['plate_map']}: p1/A01")
+    inputs = open_inputs(InputsConfig(cells=lender.url, **tables, **skip, unmapped_wells="skip"))
+    assert inputs.wells == [WellKey("p1", "B02")]
+    assert inputs.compounds["moa"].tolist() == ["protonophore"]
+    assert len(inputs.notes) == 3
+
+
+def test_cells_that_were_taken_are_taken_from_where_they_lie(folder: Path, lender: Screen) -> None:
+    taker = Screen(str(folder / "taker"))
+    taker.write_manifest(lender.read_manifest().model_copy(update={"cells": lender.url}))
+    for url, form in (("plate_map", PLATE_MAP), ("compounds", COMPOUNDS)):
+        write_table(getattr(taker, url), open_table(getattr(lender, url), form), form)
+    inputs = open_inputs(InputsConfig(cells=taker.url))
+    assert inputs.cells == lender
+    assert inputs.plate_map_url == taker.plate_map
+
+
+def test_cells_that_are_not_there(folder: Path, lender: Screen) -> None:
+    with pytest.raises(InputError, match=re.escape(f"{folder}/plates: is not a screen: it has no manifest.json")):
+        open_inputs(InputsConfig(cells=f"{folder}/plates"))
+    for record in (None, StageRecord(fingerprint="abc")):
+        stages: dict[Stage, StageRecord] = {} if record is None else {"segment": record}
+        lender.write_manifest(lender.read_manifest().model_copy(update={"stages": stages}))
+        with pytest.raises(InputError, match=re.escape(f"{lender.url}: its stage 'segment'") + ".* is not done"):
+            open_inputs(InputsConfig(cells=lender.url))
+
+
+# --- settings that do not fit --------------------------------------------------------------------
 
 
 def test_a_plate_without_mapped_wells_is_left_out(folder: Path) -> None:

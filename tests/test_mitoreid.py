@@ -146,12 +146,18 @@ def test_an_moa_of_several_names_has_the_first_and_a_note() -> None:
     assert notes[1] == "annotation: moa_id 0 has the names ['protonophore', 'uncoupler']; it is called by the first"
 
 
+def test_moas_that_names_do_not_tell_apart_are_told_apart_by_their_ids() -> None:
+    table, notes = mitoreid.compounds(FDA.assign(moa_id=["31", "0", "1", "7", None, None]), None)
+    assert (moas(table)["1"], moas(table)["2"]) == ("uncoupler (moa_id 0)", "uncoupler (moa_id 1)")
+    assert notes[1] == "annotation: moa_id ['0', '1'] are all called 'uncoupler'; their ids are put after it"
+    table, _ = mitoreid.compounds(FDA.assign(common_moa=None), None, "all")
+    assert moas(table) == {"dmso": None, "1": "moa_id 0", "2": "moa_id 0", "3": "moa_id 7", "4": None, "5": None}
+
+
 @pytest.mark.parametrize(
     ("column", "values", "said"),
     [
         ("moa_choose", ["0"] * 6, "no drug has the moa_choose 1 and a moa_id"),
-        ("moa_id", ["31", "0", "1", "7", None, None], "moa_id ['0', '1'] have one common_moa, 'uncoupler'"),
-        ("common_moa", [None] * 6, "no drug of moa_id 0 has a common_moa"),
         ("index", ["dmso", "1", "1", "3", "4", "5"], "sheet FDA-list: the index ['1'] stands there more than once"),
         ("index", ["dmso", "1", None, "3", "4", "5"], "sheet FDA-list: the index is empty in line(s) [4]"),
     ],
@@ -458,14 +464,14 @@ def test_importing_again_changes_nothing_and_other_settings_are_refused(
     # Other MOAs are other tables, but the same clips.
     done = command("import-cells", mito, folder, *SIZE, "--moas", "all", "--update")
     assert (done.code, "done before" in done.err) == (0, True)
-    moa = open_table(Screen(str(folder)).compounds, COMPOUNDS).to_pandas().set_index("compound")["moa"]
-    assert moa["11"] == "rare"
+    screen = Screen(str(folder))
+    assert open_table(screen.compounds, COMPOUNDS).to_pandas().set_index("compound")["moa"]["11"] == "rare"
+    assert "annotation: 3 MOAs of 8 drugs; 2 others have none here" in screen.read_manifest().stages["segment"].notes
     assert times(folder, "cells", "clips") == {name: written[name] for name in times(folder, "cells", "clips")}
 
     done = command("import-cells", mito, folder, "--size", 32, "--parts", "train,gallery", "--update")
     assert done.code == 0
     assert "part query: 24 sequence(s) left out" in " ".join(done.err.split())
-    screen = Screen(str(folder))
     assert set(sequences_of(screen)["part"]) == {"train", "gallery"}
     assert open_clips(screen.clips(WellKey("l1", "A03"))).shape[1:] == (3, FRAMES, 32, 32)
 
@@ -565,7 +571,7 @@ def rewritten(change: Callable[[dict[str, pd.DataFrame]], object]) -> Callable[[
         ),
         (
             rewritten(lambda sheets: sheets.update({"FDA-list": sheets["FDA-list"].iloc[1:]})),
-            r"annotation.xlsx: 1 drug\(s\) are not in the annotation: 1 \(such as l1/gallery/1/1_3\)",
+            r"annotation.xlsx: 1 drug\(s\) are not in the annotation: 1 \(such as l1/train/1/1_0\)",
         ),
         (lambda folder: [shutil.rmtree(p) for p in folder.glob("l2/*/dmso")], r"Mito: experiment\(s\) l2 have no cell"),
         (lambda folder: [shutil.rmtree(p) for p in folder.glob("[ln]*")], "Mito: holds no single-cell images"),
@@ -573,10 +579,15 @@ def rewritten(change: Callable[[dict[str, pd.DataFrame]], object]) -> Callable[[
     ],
 )
 def test_mistakes_are_told_and_nothing_is_written(
-    mito_copy: Path, tmp_path: Path, command: Command, damage: Callable[[Path], object], said: str
+    tmp_path: Path, command: Command, damage: Callable[[Path], object], said: str
 ) -> None:
-    damage(mito_copy)
-    done = command("import-cells", mito_copy, tmp_path / "screen")
+    folder = tmp_path / "Mito"
+    for cell in ("l1/train/dmso/dmso_0", "l1/train/1/1_0", "l2/query/dmso/dmso_0", "l2/nc/1/1_0"):
+        (folder / cell).mkdir(parents=True)
+        (folder / cell / "1.jpg").write_bytes(b"never opened")
+    write_annotation(folder / "annotation.xlsx", annotation_sheets())
+    damage(folder)
+    done = command("import-cells", folder, tmp_path / "screen")
     assert (done.code, done.out) == (1, "")
     assert re.search(said, done.err), done.err
     assert not (tmp_path / "screen").exists()
