@@ -111,7 +111,12 @@ class RunConfig(Config):
     embed: EmbedConfig = Field(EmbedConfig(), description="embedding of all clips")
     profiles: ProfilesConfig = Field(ProfilesConfig(), description="well and compound profiles")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="held-out tests")
-    max_failed_share: float = Field(0.5, ge=0, le=1, description="share of wells that may fail before the run stops")
+    max_failed_share: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="share of wells that may fail before the run stops; a well counts by the share of its sites",
+    )
     resources: ResourcesConfig = Field(ResourcesConfig(), description="what the run may use")
 
     @model_validator(mode="after")

@@ -72,7 +72,7 @@ def run(
         update: accept that the folder holds a run of another configuration, and do again what depends on the change.
 
     Returns:
-        How many wells failed, and are recorded as failed.
+        How many sites and wells failed, and are recorded as failed.
 
     Raises:
         InputError: whatever the user can mend.

@@ -18,7 +18,7 @@ import ray
 
 from pipelines.inputs import Inputs
 from pipelines.units import Counts, StageError, Work, run_units
-from screening.clips import PlateScaling
+from screening.clips import PlateScaling, choose_frames
 from screening.illumination import Calibration, calibrate
 from screening.quality import PlateQuality, flags_of_frames
 from screening.site import SegmentConfig, Site, SiteError, SiteForm, check_form, process_site
@@ -56,7 +56,7 @@ def segment(config: RunConfig, inputs: Inputs, screen: Screen, fingerprint: str)
     """
     assert config.segment is not None, "plates come with settings of how to segment them"
     forms = _plate_forms(inputs)
-    _check_channels(config.segment, inputs, forms)
+    _check_forms(config.segment, inputs, forms)
     notes = _calibrate_plates(config, inputs, screen, forms)
     context = _Context(config.segment, inputs.plates, forms, screen, fingerprint)
     run_units(
@@ -192,7 +192,8 @@ def _plate_forms(inputs: Inputs) -> dict[str, SiteForm]:
     return forms
 
 
-def _check_channels(config: SegmentConfig, inputs: Inputs, forms: Mapping[str, SiteForm]) -> None:
+def _check_forms(config: SegmentConfig, inputs: Inputs, forms: Mapping[str, SiteForm]) -> None:
+    """Find before the work what no site of a plate could make good."""
     named = config.channels
     wanted = [named.nucleus, named.cytoplasm, named.network, *(named.clips or ())]
     first = next(iter(forms), "")
@@ -204,6 +205,10 @@ def _check_channels(config: SegmentConfig, inputs: Inputs, forms: Mapping[str, S
                 f"{url}: has no channel {missing}; its channels are {list(form.channels)}: set "
                 "segment.channels.nucleus, .cytoplasm, .network and .clips to these names"
             )
+        try:
+            choose_frames(form.shape[0], config.clips)
+        except InputError as error:
+            raise InputError(f"{url}: {error}") from error
         if named.clips is None and form.channels != forms[first].channels:
             raise InputError(
                 f"{url}: has the channels {list(form.channels)}, {inputs.plates[first].url} has "

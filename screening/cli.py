@@ -283,7 +283,7 @@ def _run(config: str, out: str, settings: list[str] | None, stages: tuple[Stage,
     from pipelines.run import run as run_screen
 
     failed = run_screen(load(config, settings or ()), out, stages, update=update)
-    typer.echo(f"{out}: done{f'; {failed} well(s) failed, see screening status {out}' if failed else ''}")
+    typer.echo(f"{out}: done{f'; {failed} site(s) or well(s) failed, see screening status {out}' if failed else ''}")
     if failed:
         raise typer.Exit(Exit.SOME_FAILED)
 
@@ -333,7 +333,7 @@ def sweep(
     )
     typer.echo(store.read_bytes(store.join(out, TABLE)).decode(), nl=False)
     if failed:
-        typer.echo(f"{out}: {failed} well(s) or trial(s) failed", err=True)
+        typer.echo(f"{out}: {failed} site(s), well(s) or trial(s) failed", err=True)
         raise typer.Exit(Exit.SOME_FAILED)
 
 

@@ -118,7 +118,7 @@ def test_no_cell_is_lost_on_the_way(finished_screen: Path, command: Command) -> 
         assert cells.loc[kept, "clip"].tolist() == list(range(clips.shape[0]))
         assert cells.loc[~kept, "clip"].isna().all()
         found.update(
-            {f"excluded: {reason}": int(n) for reason, n in cells.loc[~kept, "excluded"].value_counts().items()}
+            {f"tracks excluded: {reason}": int(n) for reason, n in cells.loc[~kept, "excluded"].value_counts().items()}
         )
         found.update(tracks=len(cells), clips=clips.shape[0], objects=int(cells["n_frames"].sum()))
         found.update(frames=quality["frame"].nunique(), sites=quality["site"].nunique())
@@ -131,7 +131,7 @@ def test_no_cell_is_lost_on_the_way(finished_screen: Path, command: Command) -> 
         nuclei = open_labels(plate.sites(well.well)["0"], "nuclei")
         assert sum(len(np.unique(frame)) - 1 for frame in nuclei) == cells["n_frames"].sum()
     assert {name: said[name] for name in found} == dict(found)
-    assert found["tracks"] == found["clips"] + sum(n for name, n in found.items() if name.startswith("excluded"))
+    assert found["tracks"] == found["clips"] + sum(n for name, n in found.items() if name.startswith("tracks excluded"))
     counted = screen.read_manifest().stages
     assert counted["embed"].counts["cells"] == counted["index"].counts["cells"] == found["clips"]
 
@@ -293,15 +293,15 @@ def test_bad_wells_cost_themselves_and_a_repaired_screen_is_as_if_never_damaged(
     arguments = ("run", plates_copy / "run.yaml", "--out", folder, *small_settings, "--stages", "segment")
     done = command(*arguments)
     assert done.code == 3
-    assert done.out == f"{folder}: done; 3 well(s) failed, see screening status {folder}\n"
+    assert done.out == f"{folder}: done; 3 site(s) or well(s) failed, see screening status {folder}\n"
     row = status_rows(command, folder)["segment"]
     assert (row["state"], row["done"], row["failed"], row["left"]) == ("done", 13, 3, 0)
     status = command("status", folder).out
     assert re.search(
-        rf"failed in segment: {truncated}: SchemaError: .*/A/02/0/0: cannot be read: a chunk is truncated", status
+        rf"failed in segment: {truncated}/0: unreadable: .*/A/02/0/0: cannot be read: a chunk is truncated", status
     )
     assert re.search(rf"failed in segment: {unlisted}: SchemaError: .*/A/01: is not a readable Zarr group", status)
-    assert re.search(rf"failed in segment: {deleted}: InputError: .*/B/01/0: every pixel is 0", status)
+    assert re.search(rf"failed in segment: {deleted}/0: blank: .*/B/01/0: each frame is one value \(0\)", status)
 
     # Nothing is there of what failed, and nothing half of anything.
     screen = Screen(str(folder))
@@ -321,7 +321,9 @@ def test_bad_wells_cost_themselves_and_a_repaired_screen_is_as_if_never_damaged(
     # Fewer failures allowed: the run gives up, and says on what.
     done = command(*arguments, "--set", "max_failed_share=0.05")
     assert (done.code, done.out) == (1, "")
-    assert re.search(r"segment: \d of 16 wells failed, more than max_failed_share=0.05 allows", done.err)
+    assert re.search(
+        r"segment: \d of 16 wells failed, wholly or in part, more than max_failed_share=0.05 allows", done.err
+    )
 
     for chunk, content in repair.items():
         chunk.write_bytes(content)
@@ -371,7 +373,8 @@ def test_a_plate_without_cells(cell_free: Path, tmp_path: Path, command: Command
     done = command("run", cell_free, "--out", folder)
     assert (done.code, done.out) == (1, "")
     assert re.search(
-        r"error: segment: no clip in any of 3 wells: \d+ tracks, .*check segment.channels.nucleus", done.err
+        r"error: segment: no clip in any of 3 wells: .*sites flagged: no cells 3; check segment.channels.nucleus",
+        done.err,
     )
     rows = status_rows(command, folder)
     assert rows["segment"]["state"] == "begun"
