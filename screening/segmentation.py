@@ -6,8 +6,7 @@ separated by a watershed from the tops of a distance transform weighted by brigh
 where the border between two parts is about as wide and as bright as the parts themselves, and cut at a fixed
 share of their own brightness, so that bright and dim neighbours are outlined alike.
 
-Large nuclei are looked for at a reduced resolution and outlined in the full one, so the cost hardly depends on
-the magnification.
+Large nuclei are looked for at a reduced resolution and outlined in the full one, which costs less and finds the same.
 
 Sources: N. Otsu 1979 (threshold), W. K. Newey and J. L. Powell 1987 (asymmetric least squares, for the
 background), F. Meyer 1994 (watershed from markers), T. R. Jones et al. 2005 and A. E. Carpenter et al. 2006 (cells
@@ -36,7 +35,8 @@ _NOISE_CONTRAST = 5.0
 _EDGE_STEEPNESS = 2.0
 # The blur alone (sigma 1 px at least) makes a disk of 4 px of a single hot pixel.
 _LEAST_AREA = 9
-# Larger nuclei are reduced to this diameter in px to be found; from 16 on the scores do not depend on it.
+# Larger nuclei are reduced to this diameter in px to be found: from 16 on the scores hardly depend on it. Nuclei of
+# less than half of it are doubled first, or the necks between them are lost in the grid of pixels.
 _WORKING_DIAMETER = 24.0
 # A hole of less than half a nucleus is closed, a larger one is what several nuclei enclose.
 _HOLE_AREA = 0.4
@@ -192,7 +192,7 @@ class _View(NamedTuple):
     """The image at the resolution that its nuclei are found at.
 
     Attributes:
-        scale: px here per px of the image, at most 1.
+        scale: px here per px of the image, at most 2.
         diameter: of a nucleus, px here.
         smooth: the image, blurred.
         clearance: by how much the compressed brightness is over the threshold.
@@ -216,8 +216,8 @@ def _find_nuclei(plane: Plane, config: NucleiConfig, sparse: bool) -> Labels:
     labels, height, plateau = _split(view, contrast, config)
     if _is_shading(view, float(np.median(plateau[np.unique(labels)[1:]]))):
         return np.zeros(plane.shape, np.int32)
-    if view.scale < 1:
-        labels = _enlarge(labels, height, view.clearance, plane.shape)
+    if view.scale != 1:
+        labels = _at_full_resolution(labels, height, view.clearance, plane.shape)
         contrast = _resize(contrast, plane.shape)
     return _trim(labels, contrast, plateau, noise, view.diameter / view.scale, config)
 
@@ -238,7 +238,7 @@ def _look(plane: Plane, config: NucleiConfig, sparse: bool) -> _View:
         diameter = _typical_diameter(_as_mask(levels > level))
         rounds = 3
     for remaining in reversed(range(rounds)):
-        scale = min(1.0, _WORKING_DIAMETER / diameter)
+        scale = _working_scale(diameter)
         here = diameter * scale
         smooth, levels, level = threshold(scale, max(1.0, config.smoothing * here))
         clearance = levels - np.float32(level)
@@ -252,6 +252,12 @@ def _look(plane: Plane, config: NucleiConfig, sparse: bool) -> _View:
         if remaining:
             diameter = _typical_diameter(mask) / scale
     return _View(scale, here, smooth, clearance, mask)
+
+
+def _working_scale(diameter: float) -> float:
+    if diameter < _WORKING_DIAMETER / 2:
+        return 2.0
+    return min(1.0, _WORKING_DIAMETER / diameter)
 
 
 def _threshold(smooth: Plane, config: NucleiConfig, sparse: bool) -> tuple[Plane, float]:
@@ -429,8 +435,8 @@ def _merge(parts: Labels, inner: Plane, contrast: Plane, diameter: float, neck: 
     return np.array([find(node) for node in range(n + 1)], np.int32), square / np.maximum(light, 1e-9)
 
 
-def _enlarge(labels: Labels, height: Plane, clearance: Plane, shape: tuple[int, int]) -> Labels:
-    """Labels found at a reduced resolution in the full one, flooded anew around their inner pixels.
+def _at_full_resolution(labels: Labels, height: Plane, clearance: Plane, shape: tuple[int, int]) -> Labels:
+    """Labels found at another resolution in that of the image, flooded anew around their inner pixels.
 
     What has no inner pixel is lost: it is narrower than a tenth of a nucleus.
     """
