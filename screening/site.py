@@ -106,8 +106,9 @@ class Site:
         cells: (T, H, W) int32, the same tracks' whole cells.
         tracks: measures of the tracks.
         parents: track, parent and frame of each division.
-        quality: measures of the frames (see :func:`screening.quality.flag`), with ``n_nuclei`` (int64, objects
-            found in the frame) and ``site_flag`` (str, why the whole site gives no clips; "" if it does not say so).
+        quality: measures of the frames (see :func:`screening.quality.flag`), with ``n_nuclei`` (objects found in the
+            frame), ``drift_y`` and ``drift_x`` (px, see :class:`screening.tracking.Tracking`) and ``site_flag`` (why
+            the whole site gives no clips; "" if it is not for its images).
         frames: (F,) frames of the movie that the clips are made of.
         selection: a row a track (see :func:`screening.clips.select`) and ``clip``, the position of its clip.
         clips: (N, C', F, size, size), of the tracks that are not excluded, in order.
@@ -152,21 +153,16 @@ def process_site(
     bad = judged.groupby("frame")["bad"].first().to_numpy()
     corrected = correct(stack, calibration)
 
-    nuclei = np.stack([_find_nuclei(_filled(plane), config.nuclei) for plane in corrected[:, nucleus]])
+    stained = _filled(corrected[:, nucleus])
+    nuclei = np.stack([_find_nuclei(plane, config.nuclei) for plane in stained])
     n_nuclei = nuclei.max(axis=(1, 2))  # they are numbered from 1 without gaps
-    stained = np.stack([_filled(plane) for plane in corrected[:, nucleus]])
     tracked = tracking.track(nuclei, config.tracking, stained)
     nuclei, parents = tracked.labels, tracked.parents
     # Cells take the numbers of their nuclei, so what was linked as nuclei is linked as cells.
     cytoplasm = config.channels.cytoplasm
-    seen = None if cytoplasm is None else corrected[:, _position(channels, cytoplasm)]
+    seen = None if cytoplasm is None else _filled(corrected[:, _position(channels, cytoplasm)])
     cells = np.stack(
-        [
-            _find_cells(
-                None if seen is None else _filled(seen[t]), _filled(corrected[t, nucleus]), nuclei[t], config.cells
-            )
-            for t in range(len(stack))
-        ]
+        [_find_cells(None if seen is None else seen[t], stained[t], nuclei[t], config.cells) for t in range(len(stack))]
     )
     tracks = features.measure(nuclei, cells, corrected, channels, calibration.low)
     if config.channels.network is not None:
@@ -182,13 +178,16 @@ def process_site(
     ranges = Ranges(ranges.low[:, picks], ranges.high[:, picks])
     # Only channels that are picked out are copied.
     shown = corrected if picks == list(range(len(channels))) else corrected[:, picks]
+    frame = judged["frame"].to_numpy()
     return Site(
         nuclei,
         cells,
         tracks,
         parents,
         judged.assign(
-            n_nuclei=n_nuclei[judged["frame"].to_numpy()],
+            n_nuclei=n_nuclei[frame],
+            drift_y=tracked.drift[frame, 0],
+            drift_x=tracked.drift[frame, 1],
             site_flag=_site_flag(judged, n_nuclei, clips.too_many_bad(bad, frames, config.clips)),
         ),
         frames,
@@ -247,12 +246,16 @@ def _times(shape: Sequence[int]) -> str:
     return " × ".join(map(str, shape))
 
 
-def _filled(plane: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """A plane whose pixels that are no numbers show the background, for segmentation; others as they are."""
-    finite = np.isfinite(plane)
+def _filled(movie: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """A movie (T, H, W) whose pixels that are no numbers show the background, for segmentation."""
+    finite = np.isfinite(movie)
     if finite.all():
-        return plane
-    return np.where(finite, plane, np.median(plane[finite]) if finite.any() else np.float32(0))
+        return movie
+    filled = np.zeros_like(movie)
+    for plane, whole, out in zip(movie, finite, filled, strict=True):
+        if whole.any():
+            out[:] = np.where(whole, plane, np.median(plane[whole]))
+    return filled
 
 
 def _site_flag(judged: pd.DataFrame, n_nuclei: npt.NDArray[np.integer[Any]], unusable: bool) -> str:

@@ -108,6 +108,8 @@ QUALITY = TableForm(
             ("flags", pa.string()),  # why the channel makes its frame bad, joined by ", "; empty where it does not
             ("bad", pa.bool_()),  # the whole frame, for one channel or another
             ("n_nuclei", pa.int32()),  # objects found in the frame, the same in each of its channels
+            ("drift_y", pa.float32()),  # px that the field has moved since the last frame with objects in it
+            ("drift_x", pa.float32()),
             ("site_flag", pa.string()),  # why the whole site gives no clips; empty if it is not for its images
         ]
     ),

@@ -98,6 +98,16 @@ def test_a_frame_is_measured_once_a_channel(site: Site, simulated: SimulatedSite
     assert (site.quality[["flags", "site_flag"]] == "").all(axis=None)
 
 
+def test_drift_is_what_the_stage_did(simulated: SimulatedSite) -> None:
+    stack = simulated.stack.copy()
+    stack[3:] = np.roll(stack[3:], (6, -4), axis=(2, 3))
+    moved = process_site(stack, CHANNELS, calibration(simulated.stack), CONFIG).quality
+    still = process_site(simulated.stack, CHANNELS, calibration(simulated.stack), CONFIG).quality
+    for axis, shift in (("drift_y", 6), ("drift_x", -4)):
+        drift = (moved[axis] - still[axis]).groupby(moved["frame"]).first().to_numpy()
+        np.testing.assert_allclose(drift, [0, 0, 0, shift, 0], atol=1)
+
+
 def test_objects_found_are_the_objects_in_tracks(site: Site) -> None:
     found = site.quality.groupby("frame")["n_nuclei"]
     assert (found.nunique() == 1).all()
