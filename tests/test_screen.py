@@ -44,6 +44,7 @@ def paths(screen: Screen) -> dict[str, str]:
         screen.cells(B02): "segment: cells/plate 1/B02.parquet",
         screen.quality(B02): "segment: quality/plate 1/B02.parquet",
         screen.clips(B02): "segment: clips/plate 1/B02.zarr",
+        screen.sequences: "segment: sequences.parquet",
         screen.split: "train: split.parquet",
         screen.training_runs: "train: train/runs",
         screen.training_metrics: "train: train/metrics.parquet",
@@ -62,6 +63,33 @@ def test_paths_are_the_documented_ones(screen: Screen) -> None:
     for url, expected in paths(screen).items():
         assert url == f"{screen.url}/{expected.rpartition(': ')[2]}"
     assert Screen(screen.url + "/").report == screen.report
+
+
+def test_a_screen_that_takes_cells_knows_where_they_lie(screen: Screen) -> None:
+    with pytest.raises(SchemaError, match="is not a screen"):
+        Screen.open(screen.url)
+    screen.write_manifest(MANIFEST)
+    assert Screen.open(screen.url) == screen
+    screen.write_manifest(MANIFEST.model_copy(update={"cells": "/data/cells"}))
+    assert Screen.open(screen.url).segmented == Screen("/data/cells")
+    assert Screen.open(screen.url).sequences == "/data/cells/sequences.parquet"
+
+
+def test_a_record_replaces_that_of_its_stage_and_no_other(screen: Screen) -> None:
+    screen.write_manifest(MANIFEST)
+    record = StageRecord(fingerprint="def")
+    screen.write_record("train", record)
+    assert screen.read_manifest() == MANIFEST.model_copy(update={"stages": {**MANIFEST.stages, "train": record}})
+
+
+def test_what_is_in_a_folder_that_is_no_screen(screen: Screen) -> None:
+    assert screen.foreign_names() == []
+    store.write_bytes(store.join(screen.url, ".hidden"), b"")
+    assert screen.foreign_names() == []
+    store.write_bytes(store.join(screen.url, "photo.jpg"), b"")
+    assert screen.foreign_names() == ["photo.jpg"]
+    screen.write_manifest(MANIFEST)
+    assert screen.foreign_names() == []
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -26,6 +26,7 @@ FORMS = [
     tables.COMPOUNDS,
     tables.CELLS,
     tables.QUALITY,
+    tables.SEQUENCES,
     tables.SPLIT,
     tables.TRAINING_METRICS,
     tables.INDEX_IDS,
@@ -282,6 +283,17 @@ def test_a_wrong_cell_is_named_by_its_line(tmp_path: Path, kind: str, column: st
     with pytest.raises(SchemaError, match=problem) as caught:
         read_plate_map(user_file(tmp_path, kind, rows))
     assert caught.value.path == str(tmp_path / f"table.{kind}")
+
+
+def test_a_sheet_of_a_workbook_is_read_by_its_name(tmp_path: Path) -> None:
+    url = str(tmp_path / "book.xlsx")
+    with pd.ExcelWriter(url) as book:
+        pd.DataFrame({"Index": [1, 2], "flag": [1.0, np.nan]}).to_excel(book, sheet_name="one", index=False)
+        pd.DataFrame({"index": ["x"]}).to_excel(book, sheet_name="two", index=False)
+    assert read_user_table(url).to_dict("list") == {"index": ["1", "2"], "flag": ["1", None]}
+    assert read_user_table(url, "two")["index"].tolist() == ["x"]
+    with pytest.raises(SchemaError, match=r"book\.xlsx: has no sheet 'three'; its sheets are \['one', 'two'\]"):
+        read_user_table(url, "three")
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "xlsx"])
