@@ -315,7 +315,7 @@ def _read_source(source: str, options: IngestOptions) -> tuple[dict[str, tuple[s
 
 
 def _files(source: str) -> dict[str, tuple[str, int]]:
-    """Path below the source folder -> URL and bytes, of all files, in natural order; by one listing."""
+    """Path below the source folder -> URL and bytes, of all files but hidden ones, in natural order; by one listing."""
     fs, path = store.filesystem(source)
     if not fs.exists(path):
         raise InputError(f"{source}: no such file or folder")
@@ -324,6 +324,9 @@ def _files(source: str) -> dict[str, tuple[str, int]]:
     found = {}
     for entry, info in fs.find(path, detail=True).items():
         below = entry[len(path) :].lstrip("/")
+        # Such as the ._ files that macOS leaves beside images, under the images' own names.
+        if below.rpartition("/")[2].startswith("."):
+            continue
         found[below] = (store.join(source, below), int(info.get("size") or 0))
     return {below: found[below] for below in sorted(found, key=natural)}
 

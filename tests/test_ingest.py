@@ -720,6 +720,15 @@ def test_pixels_keep_their_type(tmp_path: Path, dtype: str) -> None:
     np.testing.assert_array_equal(back, pixels)
 
 
+def test_hidden_files_are_not_looked_at(tmp_path: Path, rng: np.random.Generator) -> None:
+    pixels = image(rng, 5, 6)
+    write(tmp_path / "P_A01_w1.TIF", pixels)
+    (tmp_path / "._P_A01_w1.TIF").write_bytes(b"of macOS")
+    done = ingest(str(tmp_path), str(tmp_path / "p.zarr"), IngestOptions(layout=ImageXpressLayout()))
+    assert done.files == {"A01": 1}
+    np.testing.assert_array_equal(stored(tmp_path / "p.zarr", "A01", "1")[0, 0], pixels)
+
+
 def test_an_htd_without_images(tmp_path: Path, real_data: Path) -> None:
     shutil.copy(real_data / "vendor_layouts/ImageXpress/9987_Plate_3420/9987.HTD", tmp_path)
     said = refused(tmp_path, tmp_path / "p.zarr", IngestOptions(layout=ImageXpressLayout()))

@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from screening.cli import LayoutName
 from screening.layouts import (
+    VENDORS,
     Cv8000Layout,
     ImageXpressLayout,
     Layout,
@@ -362,7 +364,6 @@ def test_more_drugs_than_wells_are_refused() -> None:
         parse(names, MitoReidLayout())
 
 
-VENDORS = (ImageXpressLayout(), Cv8000Layout(), PhenixLayout(), MitoReidLayout())
 FRAGMENTS = ("TimePoint_1", "ZStep_2", "/", "_", "B02", "s1", "w1", "r01c01f01p01", "-ch1", "sk1fk1fl1", "T0001F001")
 junk = st.text(max_size=30) | st.lists(st.sampled_from((*FRAGMENTS, ".tif", "L01A01Z01C01", "ZZ99")), max_size=8).map(
     "".join
@@ -393,6 +394,10 @@ def test_junk_metadata_is_refused_or_says_nothing(name: str, data: bytes) -> Non
     except InputError as error:
         said = str(error)
     assert not said or said.startswith(f"{name}: ")
+
+
+def test_the_command_line_knows_every_layout() -> None:
+    assert {layout.method for layout in VENDORS} | {"pattern"} == set(LayoutName)
 
 
 @pytest.mark.parametrize(
