@@ -75,7 +75,7 @@ class NucleiConfig(Config):
 
 
 class CellsConfig(Config):
-    """How cells are grown from their nuclei; lengths are in nucleus diameters."""
+    """How cells are grown from their nuclei; lengths are in nucleus diameters, but for the blur."""
 
     method: Literal["classical"] = Field("classical", description="threshold and watershed")
     expansion: float = Field(
@@ -83,11 +83,13 @@ class CellsConfig(Config):
     )
     rim: float = Field(0.15, ge=0, description="cytoplasm around every nucleus however dim, nucleus diameters")
     max_distance: float = Field(3.0, ge=0, description="farthest cytoplasm from its nucleus, nucleus diameters")
-    smoothing: float = Field(0.05, ge=0, description="sigma of the Gaussian blur of the cytoplasm, nucleus diameters")
-    dim_weight: float = Field(
-        0.6, gt=0, description="how far dim cytoplasm counts in the threshold: small more, large less"
+    smoothing: float = Field(
+        1.4, ge=0, description="sigma of the Gaussian blur of the cytoplasm, px: noise has no size"
     )
-    brightness_weight: float = Field(1.0, ge=0, description="pull of bright cytoplasm against nearness when cells meet")
+    dim_weight: float = Field(
+        0.8, gt=0, description="how far dim cytoplasm counts in the threshold: small more, large less"
+    )
+    brightness_weight: float = Field(0.5, ge=0, description="pull of bright cytoplasm against nearness when cells meet")
 
 
 def segment_nuclei(image: npt.NDArray[Any], config: NucleiConfig = NucleiConfig()) -> Labels:  # noqa: B008
@@ -154,7 +156,7 @@ def segment_cells(
         return _expand(markers, outside, config.expansion * diameter)
     if plane is None:
         return markers
-    levels = _compress(_blur(plane, config.smoothing * diameter), config.dim_weight)
+    levels = _compress(_blur(plane, config.smoothing), config.dim_weight)
     distance = cast(Plane, cv2.distanceTransform(outside, cv2.DIST_L2, 5))
     # The rim is always cell: organelles often leave a dark gap around the nucleus that would cut them off.
     mask = _as_mask((levels > _otsu(levels)) | (distance <= config.rim * diameter))
