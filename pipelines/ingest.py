@@ -6,7 +6,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import pandas as pd
@@ -64,7 +64,7 @@ class Ingested:
     Attributes:
         plate_url: the plate.
         name: its name.
-        files: image files that each well is made of.
+        files: image files that each well of the source that stands in the plate is made of.
         kept: wells that were there already, of the same files.
         failed: what went wrong with each well that could not be written.
         sites: how many sites were written of each (shape, channels).
@@ -111,6 +111,7 @@ def ingest(source: str, plate_url: str, options: IngestOptions) -> Ingested:
     _write_missing(plate_url, planes, missing)
     sites = writer.write()
     if not writer.named:
+        write_missing(plate_url, missing.head(0))
         well, why = next(iter(writer.failed.items()))
         raise InputError(f"none of {len(jobs)} well(s) could be written; {well}: {why}")
     return Ingested(
@@ -128,7 +129,7 @@ def ingest(source: str, plate_url: str, options: IngestOptions) -> Ingested:
 
 def describe(done: Ingested) -> Iterator[str]:
     """Lines that say what an ingest came to."""
-    counts = sorted(set(done.files.values()))
+    counts = sorted({*done.files.values()} or {0})
     each = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     kept = f", {len(done.kept)} of them there already" if done.kept else ""
     yield f"plate {done.name}: {len(done.files)} well(s){kept}, {each} image file(s) a well"
@@ -290,7 +291,7 @@ def _checked(options: IngestOptions) -> IngestOptions:
     axes = options.axes.upper()
     if not (axes.endswith("YX") and len(set(axes)) == len(axes) and set(axes) <= set("TCZYX")):
         raise InputError(f"--axes {options.axes!r}: expected a subset of T, C, Z and, last, YX")
-    return IngestOptions(**{**vars(options), "axes": axes})
+    return replace(options, axes=axes)
 
 
 def _read_source(source: str, options: IngestOptions) -> tuple[dict[str, tuple[str, int]], Planes]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections import Counter
@@ -634,6 +635,23 @@ def test_a_well_that_is_being_replaced_is_not_named(tmp_path: Path, rng: np.rand
     assert list(open_plate(str(plate)).well_paths) == ["A01", "A03"]
 
 
+def test_a_source_of_which_no_well_can_be_read(tmp_path: Path, rng: np.random.Generator) -> None:
+    write(tmp_path / "bad" / "B1_t1.tif", image(rng, 5, 6))
+    write(tmp_path / "bad" / "B2_t0.tif", image(rng, 5, 6))
+    for file in (tmp_path / "bad").iterdir():
+        damaged(file, "truncated")
+    how = options(r"(?P<well>[AB]\d)_t(?P<time>\d)", allow_missing=True)
+    plate = tmp_path / "p.zarr"
+    assert "none of 2 well(s) could be written; B01: " in refused(tmp_path / "bad", plate, how)
+    assert list(plate.rglob("*.*")) == []
+    # Beside wells that are there it is a failure to record.
+    ingest(str(write(tmp_path / "good" / "A1_t0.tif", image(rng, 5, 6))), str(plate), how)
+    done = ingest(str(tmp_path / "bad"), str(plate), how)
+    assert (done.files, list(done.failed)) == ({}, ["B01", "B02"])
+    assert next(describe(done)) == "plate p: 0 well(s), 0 image file(s) a well"
+    assert list(read_record(str(plate)).failed) == ["B01", "B02"]
+
+
 def test_an_interrupted_ingest_goes_on(
     tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -656,6 +674,26 @@ def test_an_interrupted_ingest_goes_on(
     assert list(done.kept) == named[0]
     for w in range(3):
         np.testing.assert_array_equal(stored(plate, f"A0{w + 1}")[0, 0], pixels[w])
+
+
+def test_a_lost_worker_costs_its_well(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    three_wells(tmp_path / "in", rng)
+    honest = stage._attempt
+
+    def dying(job: Any) -> Any:
+        if job.well == "A02":
+            os._exit(1)
+        return honest(job)
+
+    monkeypatch.setattr(stage, "_attempt", dying)
+    done = ingest(str(tmp_path / "in"), str(tmp_path / "p.zarr"), options(WELLS))
+    monkeypatch.undo()
+    assert list(done.failed) == ["A02"]
+    assert done.failed["A02"].startswith("its worker was lost")
+    assert list(open_plate(str(tmp_path / "p.zarr")).well_paths) == ["A01", "A03"]
+    assert ingest(str(tmp_path / "in"), str(tmp_path / "p.zarr"), options(WELLS)).failed == {}
 
 
 def test_wells_of_several_sources_keep_their_records(tmp_path: Path, rng: np.random.Generator) -> None:
