@@ -581,11 +581,11 @@ def test_images_say_pixel_size_colours_and_steps() -> None:
     assert with_headers(Metadata(), {("B02", "1", 1, "1", 1): ImageHeader.read({})}) == Metadata()
 
 
-def mlf(planes: Iterable[tuple[int, int, int, int, int]], kind: str = "IMG", line: int = 1) -> bytes:
+def mlf(planes: Iterable[tuple[int, int, int, int, int]], line: int = 1) -> bytes:
     """Records of (column, field, time, channel, z), ten minutes and 3 µm apart."""
     start = datetime.fromisoformat("2023-09-18T13:58:44.438+02:00")
     records = "".join(
-        f'<bts:MeasurementRecord bts:Type="{kind}" bts:Time="{(start + timedelta(minutes=10 * t)).isoformat()}" '
+        f'<bts:MeasurementRecord bts:Type="IMG" bts:Time="{(start + timedelta(minutes=10 * t)).isoformat()}" '
         f'bts:Column="{column}" bts:Row="2" bts:TimePoint="{t}" bts:FieldIndex="{f}" bts:ZIndex="{z}" '
         f'bts:TimelineIndex="{line}" bts:ActionIndex="1" bts:Action="3D" bts:X="0" bts:Y="0" bts:Z="{3.0 * z}" '
         f'bts:Ch="{c}">name.tif</bts:MeasurementRecord>'
@@ -614,10 +614,22 @@ def test_cv8000_records_promise_images_and_say_steps() -> None:
     assert len(parse(["P_B02_T0001F001L01A01Z01C01.tif"], Cv8000Layout(), documents).promised) == 5
 
 
-def test_an_error_record_is_a_promise_that_was_not_kept() -> None:
-    documents = {"a.mlf": mlf([(2, 1, 1, 1, 1), (2, 2, 1, 1, 1)], kind="ERR")}
-    missing = missing_planes(parse(["P_B02_T0001F001L01A01Z01C01.tif"], Cv8000Layout(), documents))
-    assert missing[PLANE].values.tolist() == [["B02", "2", 1, "1", 1]]
+@pytest.mark.parametrize(
+    ("said", "sites"),
+    [
+        ('bts:TimePoint="1"', ["1", "2"]),
+        ("", ["1", "2"]),
+        ('bts:TimePoint="1" bts:FieldIndex="2"', ["2"]),
+        ('bts:TimePoint="2"', []),
+    ],
+)
+def test_a_failure_on_record_is_a_promise_that_was_not_kept(said: str, sites: list[str]) -> None:
+    records = mlf([(2, site, 1, 1, 1) for site in (1, 2)]).decode()
+    failure = f'<bts:MeasurementRecord bts:Type="ERR" bts:Row="2" bts:Column="3" {said}>AF</bts:MeasurementRecord>'
+    document = records.replace("</bts:MeasurementData>", f"{failure}</bts:MeasurementData>").encode()
+    names = [f"P_B02_T0001F00{site}L01A01Z01C01.tif" for site in (1, 2)]
+    missing = missing_planes(parse(names, Cv8000Layout(), {"a.mlf": document}))
+    assert missing[PLANE].values.tolist() == [["B03", site, 1, "1", 1] for site in sites]
 
 
 INDEX = """<?xml version="1.0" encoding="utf-8"?>

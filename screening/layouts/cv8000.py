@@ -74,12 +74,14 @@ class Cv8000Layout(Config):
         if plates:
             documents = beside(documents, next(iter(plates)).rpartition("/")[0], _NOTHING)
         roots = {name: parse_xml(name, data) for name, data in documents.items()}
-        records = [
-            _Record.read(name, element)
+        said = [
+            (name, local_attributes(element))
             for name, root in roots.items()
             if name.lower().endswith(".mlf")
             for element in children(root, "MeasurementRecord")
         ]
+        records = [_Record.read(name, record) for name, record in said if record.get("Type") != "ERR"]
+        failures = [_Failure.read(name, record) for name, record in said if record.get("Type") == "ERR"]
         time_points = 0
         pixel_size = None
         for name, root in roots.items():
@@ -96,14 +98,14 @@ class Cv8000Layout(Config):
             ignored,
             "if they are of several actions or time lines, give a folder with the files of one",
             left_out=corrections,
-            promised=_promised(records, time_points),
+            promised=_promised(records, failures, time_points),
             metadata=Metadata(channels, pixel_size, _time_step(records), _z_step(records)),
         )
 
 
 @dataclass(frozen=True)
 class _Record:
-    """A measurement record: an image taken, or, of type ERR, one that failed."""
+    """A record of an image that was taken."""
 
     plane: Plane
     line: int
@@ -112,8 +114,7 @@ class _Record:
     z: float
 
     @classmethod
-    def read(cls, name: str, element: Element) -> _Record:
-        said = local_attributes(element)
+    def read(cls, name: str, said: dict[str, str]) -> _Record:
         try:
             return cls(
                 (
@@ -129,9 +130,31 @@ class _Record:
                 float(said["Z"]),
             )
         except (KeyError, ValueError) as error:
-            raise InputError(
-                f"{name}: a MeasurementRecord is not usable: {type(error).__name__}: {error}; it says {said}"
-            ) from error
+            raise _unusable(name, said, error) from error
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """A record of a failure, such as of the autofocus: of one field or time point, or of all where it names none."""
+
+    well: str
+    site: str | None
+    time: int | None
+
+    @classmethod
+    def read(cls, name: str, said: dict[str, str]) -> _Failure:
+        try:
+            return cls(
+                well_name(said["Row"], said["Column"]),
+                str(int(said["FieldIndex"])) if "FieldIndex" in said else None,
+                int(said["TimePoint"]) if "TimePoint" in said else None,
+            )
+        except (KeyError, ValueError) as error:
+            raise _unusable(name, said, error) from error
+
+
+def _unusable(name: str, said: dict[str, str], error: Exception) -> InputError:
+    return InputError(f"{name}: a MeasurementRecord is not usable: {type(error).__name__}: {error}; it says {said}")
 
 
 def _plane(name: str, match: re.Match[str]) -> Plane:
@@ -142,8 +165,16 @@ def _plane(name: str, match: re.Match[str]) -> Plane:
     return well, str(int(match["site"])), int(match["time"]), str(int(match["channel"])), int(match["z"])
 
 
-def _promised(records: list[_Record], time_points: int) -> Iterable[Plane]:
+def _promised(records: list[_Record], failures: list[_Failure], time_points: int) -> Iterable[Plane]:
+    """What was recorded, what would have been but for a failure, and the time points still to come."""
     planes = {record.plane for record in records}
+    images = {plane[1:] for plane in planes}  # of any well
+    for failure in failures:
+        planes |= {
+            (failure.well, site, time, channel, z)
+            for site, time, channel, z in images
+            if failure.site in (None, site) and failure.time in (None, time)
+        }
     if len({record.line for record in records}) == 1:
         planes |= {
             (well, site, later, channel, z)
