@@ -23,7 +23,7 @@ from screening.illumination import Calibration, calibrate
 from screening.quality import PlateQuality, flags_of_frames
 from screening.site import SegmentConfig, Site, SiteError, SiteForm, check_form, process_site
 from storage_schemas.calibration import FLAT_FIELD, read_calibration, write_calibration
-from storage_schemas.clips import Ranges, write_clips
+from storage_schemas.clips import Clips, Ranges, write_clips
 from storage_schemas.errors import InputError, SchemaError
 from storage_schemas.keys import SiteKey, WellKey
 from storage_schemas.plate import Plate, Projection, SiteImage, open_site, write_labels
@@ -83,6 +83,25 @@ def segment(config: RunConfig, inputs: Inputs, screen: Screen, fingerprint: str)
 
 
 @dataclass(frozen=True)
+class _Done:
+    """What is written of a site but for its labels, which are much larger and are not held for the whole well.
+
+    Attributes:
+        cells: as CELLS, its clips counted from 0.
+        quality: as QUALITY.
+        clips: (N, C, F, size, size).
+        ranges: of the clips.
+        frames: of the movie, that the clips are made of.
+    """
+
+    cells: pa.Table
+    quality: pd.DataFrame
+    clips: Clips
+    ranges: Ranges
+    frames: list[int]
+
+
+@dataclass(frozen=True)
 class _Context:
     config: SegmentConfig
     plates: dict[str, Plate]
@@ -113,19 +132,21 @@ def segment_well(context: _Context, well: WellKey) -> float:
             return len(again) / len(sites)
         screen.remove_unit(well)
 
-    done: dict[SiteKey, Site] = {}
+    done: list[_Done] = []
     failed: list[Failure] = []
     for key, url in sites.items():
         outcome = _attempt(context, calibration, key, url)
         if isinstance(outcome, Failure):
             failed.append(outcome)
         else:
-            done[key] = outcome
+            done.append(outcome)
     assert len(done) + len(failed) == len(sites), "every site is done or recorded as failed"
     # Before the commit: a run cut off here leaves a well that is to be done, and one cut off later a true record.
     screen.write_failures("segment", well, failed)
     if done:
         _write_well(context, well, done)
+    else:
+        screen.remove_unit(well)
     return len(failed) / len(sites)
 
 
@@ -144,7 +165,7 @@ def _failed_again(
     return failures if len(known) == len(recorded) else []
 
 
-def _attempt(context: _Context, calibration: Calibration, key: SiteKey, url: str) -> Site | Failure:
+def _attempt(context: _Context, calibration: Calibration, key: SiteKey, url: str) -> _Done | Failure:
     """Do one site; what it raises becomes a record, so that one bad site costs one site."""
     config, form = context.config, context.forms[key.plate]
     try:
@@ -160,20 +181,22 @@ def _attempt(context: _Context, calibration: Calibration, key: SiteKey, url: str
         return Failure(str(key), error.fault, f"{url}: {error}")
     except Exception as error:  # whatever it is, it is recorded with its site
         return Failure(str(key), type(error).__name__, f"{url}: {error}")
-    return site
+    quality = _quality_table(key, site, form.channels)
+    return _Done(_cells_table(key, site), quality, site.clips, site.ranges, site.frames.tolist())
 
 
-def _write_well(context: _Context, well: WellKey, sites: Mapping[SiteKey, Site]) -> None:
-    screen, form = context.screen, context.forms[well.plate]
-    clips = np.concatenate([site.clips for site in sites.values()])
-    frames = next(iter(sites.values())).frames.tolist()
-    ranges = Ranges.concatenate([site.ranges for site in sites.values()])
-    write_clips(screen.clips(well), clips, context.config.channels.clips or form.channels, frames, ranges)
-    measures = [_quality_table(key, site, form.channels) for key, site in sites.items()]
-    write_table(screen.quality(well), pd.concat(measures), QUALITY, context.fingerprint)
-    n_clips = np.cumsum([0, *(len(site.clips) for site in sites.values())])
-    tables = [_cells_table(key, site, int(n)) for (key, site), n in zip(sites.items(), n_clips, strict=False)]
-    table = pa.concat_tables(tables, promote_options="default")
+def _write_well(context: _Context, well: WellKey, sites: Sequence[_Done]) -> None:
+    screen = context.screen
+    channels = context.config.channels.clips or context.forms[well.plate].channels
+    ranges = Ranges.concatenate([site.ranges for site in sites])
+    clips = np.concatenate([site.clips for site in sites])
+    write_clips(screen.clips(well), clips, channels, sites[0].frames, ranges)
+    write_table(screen.quality(well), pd.concat([site.quality for site in sites]), QUALITY, context.fingerprint)
+    table = pa.concat_tables([site.cells for site in sites], promote_options="default")
+    # Clips lie in the array in the order of the cells that have one.
+    has_clip = table["clip"].is_valid().to_numpy()
+    clip = pa.array(has_clip.cumsum() - 1, pa.int32(), mask=~has_clip)
+    table = table.set_column(table.column_names.index("clip"), "clip", clip)
     write_table(screen.cells(well), table, CELLS, context.fingerprint)
 
 
@@ -340,7 +363,7 @@ def _images(plate: Plate, well: str) -> list[SiteImage]:
 # --- tables ----------------------------------------------------------------------------------
 
 
-def _cells_table(key: SiteKey, site: Site, first_clip: int) -> pa.Table:
+def _cells_table(key: SiteKey, site: Site) -> pa.Table:
     tracks, selection = site.tracks, site.selection
     present = tracks.present
     n_tracks, n_frames = present.shape
@@ -358,7 +381,7 @@ def _cells_table(key: SiteKey, site: Site, first_clip: int) -> pa.Table:
             "n_missing": selection["n_missing"],
             "n_repaired": selection["n_repaired"],
             "excluded": selection["excluded"],
-            "clip": selection["clip"] + first_clip,
+            "clip": selection["clip"],
         },
         index=range(n_tracks),
     )
