@@ -219,6 +219,72 @@ def test_a_changed_title_is_a_new_report_of_the_same_results(
     assert "Another &lt;title&gt;" in (screen_copy / "report.html").read_text()
 
 
+# --- the cells of another run ----------------------------------------------------------------
+
+
+@pytest.fixture
+def on_cells(small_screen: Path, finished_screen: Path, tmp_path: Path) -> Path:
+    """The configuration of a run on the cells of the finished screen."""
+    document = yaml.safe_load((small_screen / "run.yaml").read_text())
+    del document["segment"]
+    path = tmp_path / "cells.yaml"
+    path.write_text(yaml.safe_dump({**document, "inputs": {"cells": str(finished_screen)}}))
+    return path
+
+
+@pytest.fixture
+def training_settings(small_settings: list[str]) -> list[str]:
+    """Those of the small run that are not of its segmentation."""
+    pairs = zip(small_settings[::2], small_settings[1::2], strict=True)
+    return [part for pair in pairs if not pair[1].startswith("segment.") for part in pair]
+
+
+@pytest.mark.slow
+def test_training_again_on_the_cells_of_a_run_finds_the_same(
+    on_cells: Path, finished_screen: Path, tmp_path: Path, training_settings: list[str], command: Command
+) -> None:
+    before, written = digests(finished_screen, "."), times(finished_screen, ".")
+    folder = tmp_path / "again"
+    done = command("run", on_cells, "--out", folder, *training_settings)
+    assert done.code == 0, done.err
+    assert f"segment: the cells of {finished_screen} are taken" in done.err
+    assert not any((folder / name).exists() for name in (*PER_WELL, "calibration"))
+    assert (digests(finished_screen, "."), times(finished_screen, ".")) == (before, written)
+    for name in ("evaluation.json", "split.parquet"):
+        ours, theirs = (open_bytes(screen / name) for screen in (folder, finished_screen))
+        assert ours == theirs, name
+    theirs, ours = status_rows(command, finished_screen), status_rows(command, folder)
+    assert ours["segment"] == theirs["segment"]
+    assert (ours["embed"]["done"], ours["embed"]["left"]) == (16, 0)
+    assert "cells of" in (folder / "report.html").read_text()
+
+    done = command("run", on_cells, "--out", folder, *training_settings)
+    assert (done.code, done.err.count("done before")) == (0, len(STAGES) - 1)
+
+
+def open_bytes(path: Path) -> object:
+    """What a file says, without the fingerprint that it carries."""
+    return pd.read_parquet(path).to_csv() if path.suffix == ".parquet" else path.read_bytes()
+
+
+def test_cells_are_not_taken_into_the_screen_that_they_are_of(
+    on_cells: Path, screen_copy: Path, finished_screen: Path, training_settings: list[str], command: Command
+) -> None:
+    done = command("run", on_cells, "--out", finished_screen, *training_settings, "--update")
+    assert (done.code, done.out) == (2, "")
+    assert "is the screen whose cells are taken (inputs.cells); choose another folder for --out" in done.err
+    # Nor are a run's own cells given up without being told to.
+    before = digests(screen_copy, ".")
+    done = command("run", on_cells, "--out", screen_copy, *training_settings)
+    assert (done.code, done.out) == (2, "")
+    assert "holds a run of another configuration" in done.err
+    assert digests(screen_copy, ".") == before
+    done = command("run", on_cells, "--out", screen_copy, *training_settings, "--update", "--stages", "segment")
+    assert done.code == 0
+    assert not any((screen_copy / name).exists() for name in (*PER_WELL, "calibration"))
+    assert status_rows(command, screen_copy)["segment"] == status_rows(command, finished_screen)["segment"]
+
+
 # --- where a run will not begin --------------------------------------------------------------
 
 
