@@ -386,15 +386,17 @@ def cut(
     # A range that all clips share is applied to the whole image, for windows overlap.
     shared = bool((low == low[:1]).all() and (high == high[:1]).all())
     white = np.float32(WHITE[config.dtype])
-    work = np.float32 if config.dtype == "float16" else np.dtype(config.dtype).type
+    work = np.dtype(np.float32 if config.dtype == "float16" else config.dtype)
     clips = np.zeros((len(positions), n_channels, len(frames), config.size, config.size), config.dtype)
+    as_shown = shared and work == clips.dtype and bool((sides == config.size).all())
     pad = int(sides.max(initial=0)) + 1
     padded = (n_channels, height + 2 * pad, width + 2 * pad)
     # What is not a number becomes black once it is scaled.
     field = np.zeros(padded, work) if shared else np.full(padded, np.nan, np.float32)
     inside = field[:, pad : pad + height, pad : pad + width]
-    for f, source in enumerate(sources.pixels):
-        for channel in range(n_channels if len(positions) else 0):
+    soft = config.mask == "soft"
+    for f, source in enumerate(sources.pixels if len(positions) else ()):
+        for channel in range(n_channels):
             if shared:
                 plane = np.ascontiguousarray(stack[source, channel], np.float32)
                 _scale(plane, low[0, channel], high[0, channel], white, inside[channel])
@@ -402,22 +404,53 @@ def cut(
                 inside[channel] = stack[source, channel]
         if config.padding == "edge":
             _continue_edges(field, pad)
-        for i, (side, position) in enumerate(zip(sides, positions, strict=True)):
-            top, left = corners[i, f]
-            window = field[:, top + pad : top + pad + side, left + pad : left + pad + side]
+        if as_shown:
+            origins = corners[:, f] + pad
+            _fill(clips[:, :, f], field, origins, cells, windows[:, f], positions + 1, corners[:, f], box[:, f], soft)
+            continue
+        for i, side in enumerate(sides):
+            here = np.s_[i : i + 1]
+            origin, view = corners[here, f] + pad, field
             if not shared:
-                raw, window = window, np.empty(window.shape, work)
-                for channel, plane in enumerate(raw):
-                    _scale(plane, low[i, channel], high[i, channel], white, window[channel])
-            out = clips[i, :, f]
-            if config.mask == "soft":
-                # Nothing is left to be done where the window is the clip's frame as it is.
-                masked = out if out.shape == window.shape and out.dtype == work else np.zeros(window.shape, work)
-                _mask(window, cells[windows[i, f]], position + 1, top, left, box[i, f], masked)
-                window = masked
-            if window is not out:
-                _store(window, out)
+                (top, left), view = origin[0], np.empty((n_channels, side, side), work)
+                for channel, raw in enumerate(field[:, top : top + side, left : left + side]):
+                    _scale(raw, low[i, channel], high[i, channel], white, view[channel])
+                origin = np.zeros_like(origin)
+            shown = np.zeros((1, n_channels, side, side), work)
+            _fill(
+                shown, view, origin, cells, windows[here, f], positions[here] + 1, corners[here, f], box[here, f], soft
+            )
+            _store(shown[0], clips[i, :, f])
     return clips
+
+
+@numba.njit(cache=True, nogil=True)
+def _fill(
+    out: Pixels,
+    field: Pixels,
+    origins: IntArray,
+    cells: npt.NDArray[np.int32],
+    windows: IntArray,
+    tracks: IntArray,
+    corners: IntArray,
+    boxes: npt.NDArray[np.int32],
+    soft: bool,
+) -> None:
+    """Copy windows (N, C, side, side), 0 on entry, out of a field (C, H', W') where they begin at ``origins`` (N, 2).
+
+    The other arguments say which mask is theirs: (N,) frame of its labels in ``cells`` and track, and
+    (N, 2) and (N, 4) where window and box lie in the image.
+    """
+    side = out.shape[-1]
+    for i in range(len(out)):
+        top, left = origins[i]
+        window = field[:, top : top + side, left : left + side]
+        if soft:
+            _mask(window, cells[windows[i]], tracks[i], corners[i], boxes[i], out[i])
+            continue
+        for channel in range(len(field)):
+            for y in range(side):
+                out[i, channel, y] = window[channel, y]
 
 
 @numba.njit(cache=True, nogil=True)
@@ -449,16 +482,16 @@ def _mask(
     window: Pixels,
     labels: npt.NDArray[np.int32],
     track: int,
-    top: int,
-    left: int,
+    corner: IntArray,
     box: npt.NDArray[np.int32],
     out: Pixels,
 ) -> None:
-    """Multiply a window (C, side, side) at (top, left) by the cell's mask, softened by a mean over 11 x 11 px.
+    """Multiply a window (C, side, side) whose corner lies at (y, x) by the cell's mask, softened by a mean.
 
     ``out`` is 0 on entry and is written to only as far from the cell's box as the mean reaches.
     """
     side, reach = window.shape[-1], _SOFT_MASK // 2
+    top, left = corner
     y0, x0 = max(box[0] - reach, top), max(box[1] - reach, left)
     y1, x1 = min(box[2] + reach, top + side), min(box[3] + reach, left + side)
     height, width = max(y1 - y0, 0), max(x1 - x0, 0)
