@@ -87,6 +87,87 @@ def test_keeps_an_elongated_nucleus_whole() -> None:
     assert segment_nuclei(cv2.GaussianBlur(scene, (0, 0), 1.0)).max() == 4
 
 
+def clusters(seed: int = 0) -> Array:
+    """A noisy field of nuclei of several sizes and brightnesses, many of them touching."""
+    rng = np.random.default_rng(seed)
+    scene = np.zeros((240, 300), np.float32)
+    for _ in range(45):
+        x, y = rng.uniform(0, 300), rng.uniform(0, 240)
+        axes = tuple(int(a) for a in rng.uniform(7, 12, 2))
+        cv2.ellipse(scene, (int(x), int(y)), axes, rng.uniform(0, 180), 0, 360, rng.uniform(60, 160), -1)
+    return np.asarray(cv2.GaussianBlur(scene, (0, 0), 1.2) + rng.normal(20, 3, scene.shape))
+
+
+TRANSFORMS = {
+    "mirrored": lambda a: a[:, ::-1],
+    "upside down": lambda a: a[::-1],
+    "turned": lambda a: np.rot90(a),
+    "transposed": lambda a: a.T,
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_the_way_the_field_lies_hardly_matters(name: str) -> None:
+    image, transform = clusters(), TRANSFORMS[name]
+    assert f1(segment_nuclei(transform(image)), transform(segment_nuclei(image))) >= 0.97
+
+
+@pytest.mark.parametrize("factor", [0.5, 2, 4])
+def test_magnification_hardly_matters(factor: float) -> None:
+    image = clusters()
+    shape = tuple(int(side * factor) for side in image.shape[::-1])
+    other = cv2.resize(image, shape, interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC)
+    expected = cv2.resize(segment_nuclei(image), shape, interpolation=cv2.INTER_NEAREST)
+    assert f1(segment_nuclei(other), expected) >= 0.93
+
+
+def test_the_number_type_hardly_matters() -> None:
+    image = clusters()
+    expected = segment_nuclei(image)
+    coarse = np.clip(image / 4, 0, 255).astype(np.uint8)
+    fine = np.clip(image * 300, 0, 65535).astype(np.uint16)
+    share = (image - image.min()) / np.ptp(image)
+    for other in (coarse, fine, fine.astype(">u2"), share.astype(np.float16), share, np.asfortranarray(image)):
+        assert f1(segment_nuclei(other), expected) >= 0.97
+
+
+def test_a_slope_of_the_background_hardly_matters() -> None:
+    image = clusters()
+    y, x = np.mgrid[: image.shape[0], : image.shape[1]]
+    assert f1(segment_nuclei(image + 0.5 * x + 0.3 * y), segment_nuclei(image)) >= 0.95
+
+
+def test_the_number_of_threads_does_not_matter() -> None:
+    image, threads = clusters(), cv2.getNumThreads()
+    labels = []
+    try:
+        for n in (1, 2, 4):
+            cv2.setNumThreads(n)
+            nuclei = segment_nuclei(image)
+            labels.append((nuclei, segment_cells(image, nuclei), segment_cells(None, nuclei)))
+    finally:
+        cv2.setNumThreads(threads)
+    for other in labels[1:]:
+        for one, two in zip(labels[0], other, strict=True):
+            np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize("diameter", [8, 60, 150])
+def test_nuclei_found_at_another_resolution_are_outlined_in_that_of_the_image(diameter: int) -> None:
+    """Those of 8 px are found at twice the resolution, those of 60 and 150 at less than half."""
+    shape, centres = grid(3, diameter)
+    image = disks(shape, centres, diameter / 2) + np.random.default_rng(0).normal(0, 2, shape)
+    y, x = np.mgrid[: shape[0], : shape[1]]
+    true = sum(k * ((y - cy) ** 2 + (x - cx) ** 2 <= diameter**2 / 4) for k, (cy, cx) in enumerate(centres, 1))
+    assert best_iou(segment_nuclei(image), np.asarray(true)).min() > (0.8 if diameter < 10 else 0.95)
+
+
+def test_hot_pixels_are_no_nuclei() -> None:
+    image = np.random.default_rng(0).normal(100, 5, (200, 200))
+    image[20, 30] = image[100:102, 50:52] = image[199, 7] = 5000
+    assert segment_nuclei(image).max() == 0
+
+
 def test_outlines_bright_and_dim_neighbours_alike() -> None:
     shape, centres = grid(3, 24)
     image = disks(shape, centres[::2], 12, 400) + disks(shape, centres[1::2], 12, 150)
@@ -270,26 +351,38 @@ def test_real_movies_have_the_counts_of_their_readme(real_data: Path) -> None:
     assert abs(segment_nuclei(read(frames[0])).max() - 13) <= 2
     assert abs(segment_nuclei(read(frames[29])).max() - 19) <= 2
     migration = read_stack(real_data / "cell_migration" / "cancer_cell_migration_crop.tif")
-    assert abs(segment_nuclei(migration[0]).max() - 9) <= 1
+    assert abs(segment_nuclei(migration[0]).max() - 9) <= 2
     assert abs(segment_nuclei(migration[47]).max() - 17) <= 2
 
 
+def test_real_touching_nuclei_are_told_apart(real_data: Path) -> None:
+    """The counts in the data's README are of what hangs together above Otsu's threshold: half of what is there by eye."""
+    folder = real_data / "vendor_layouts" / "ImageXpress" / "9987_Plate_3435" / "TimePoint_1"
+    for path, together in zip(sorted(folder.glob("*_w1.TIF")), (8, 18, 23, 37), strict=True):
+        image = read(path)
+        labels = segment_nuclei(image)
+        bright = cv2.threshold(image, 0, 255, cv2.THRESH_OTSU)[1]
+        clumps, parts = cv2.connectedComponents((bright > 0).astype(np.uint8))
+        assert clumps - 1 >= together
+        assert labels.max() > 1.5 * together
+        # Hardly anything of what Otsu's threshold takes for nuclei is left out.
+        large = [k for k in range(1, clumps) if (parts == k).sum() >= 40]
+        assert np.mean([(labels[parts == k] > 0).any() for k in large]) >= 0.95
+
+
 def test_real_cell_painting(real_data: Path) -> None:
-    """CellProfiler's masks leave out what touches the border, so ours are compared without it too."""
+    """CellProfiler's masks leave out nuclei and cells that touch the border, so ours are compared without them too."""
     folder = real_data / "cellpainting_nf1"
     overlaps = []
-    for path in sorted((folder / "Plate_2_images").glob("*DAPI*.tif")):
-        well = path.name.split("_")[0]
-        nuclei = segment_nuclei(read(path))
+    for well, count in {"B7": 28, "D6": 27, "D7": 29, "F7": 25, "H12": 23}.items():
+        nuclei = segment_nuclei(read(next((folder / "Plate_2_images").glob(f"{well}_*DAPI*"))))
         cells = segment_cells(read(next((folder / "Plate_2_images").glob(f"{well}_*RFP*"))), nuclei)
-        true_nuclei = read(next((folder / "Plate_2_masks").glob(f"{well}_*MaskNuclei*"))) > 0
         true_cells = read(next((folder / "Plate_2_masks").glob(f"{well}_*MaskCells*"))) > 0
-        whole = without_border(nuclei)
-        assert abs(len(np.unique(whole)) - 1 - cv2.connectedComponents(true_nuclei.astype(np.uint8))[0] + 1) <= 2
+        assert abs(len(np.unique(without_border(nuclei))) - 1 - count) <= 1
         ours = without_border(cells) > 0
         overlaps.append((ours & true_cells).sum() / (ours | true_cells).sum())
-    assert len(overlaps) == 5
-    assert np.mean(overlaps) >= 0.75
+    assert min(overlaps) > 0.7
+    assert np.mean(overlaps) >= 0.8
 
 
 def without_border(labels: Array) -> Array:
