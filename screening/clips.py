@@ -388,13 +388,13 @@ def cut(
     white = np.float32(WHITE[config.dtype])
     work = np.dtype(np.float32 if config.dtype == "float16" else config.dtype)
     clips = np.zeros((len(positions), n_channels, len(frames), config.size, config.size), config.dtype)
-    as_shown = shared and work == clips.dtype and bool((sides == config.size).all())
+    # Nothing is left to be done with a window that is a clip's frame as it is.
+    as_shown = work == clips.dtype and bool((sides == config.size).all())
     pad = int(sides.max(initial=0)) + 1
     padded = (n_channels, height + 2 * pad, width + 2 * pad)
     # What is not a number becomes black once it is scaled.
     field = np.zeros(padded, work) if shared else np.full(padded, np.nan, np.float32)
     inside = field[:, pad : pad + height, pad : pad + width]
-    soft = config.mask == "soft"
     for f, source in enumerate(sources.pixels if len(positions) else ()):
         for channel in range(n_channels):
             if shared:
@@ -404,53 +404,19 @@ def cut(
                 inside[channel] = stack[source, channel]
         if config.padding == "edge":
             _continue_edges(field, pad)
-        if as_shown:
-            origins = corners[:, f] + pad
-            _fill(clips[:, :, f], field, origins, cells, windows[:, f], positions + 1, corners[:, f], box[:, f], soft)
-            continue
-        for i, side in enumerate(sides):
-            here = np.s_[i : i + 1]
-            origin, view = corners[here, f] + pad, field
+        for i, (side, (y, x)) in enumerate(zip(sides.tolist(), (corners[:, f] + pad).tolist(), strict=True)):
+            window, out = field[:, y : y + side, x : x + side], clips[i, :, f]
             if not shared:
-                (top, left), view = origin[0], np.empty((n_channels, side, side), work)
-                for channel, raw in enumerate(field[:, top : top + side, left : left + side]):
-                    _scale(raw, low[i, channel], high[i, channel], white, view[channel])
-                origin = np.zeros_like(origin)
-            shown = np.zeros((1, n_channels, side, side), work)
-            _fill(
-                shown, view, origin, cells, windows[here, f], positions[here] + 1, corners[here, f], box[here, f], soft
-            )
-            _store(shown[0], clips[i, :, f])
+                raw, window = window, np.empty(window.shape, work)
+                for channel, plane in enumerate(raw):
+                    _scale(plane, low[i, channel], high[i, channel], white, window[channel])
+            if config.mask == "soft":
+                masked = out if as_shown else np.zeros(window.shape, work)
+                _mask(window, cells[windows[i, f]], positions[i] + 1, corners[i, f], box[i, f], masked)
+                window = masked
+            if window is not out:
+                _store(window, out)
     return clips
-
-
-@numba.njit(cache=True, nogil=True)
-def _fill(
-    out: Pixels,
-    field: Pixels,
-    origins: IntArray,
-    cells: npt.NDArray[np.int32],
-    windows: IntArray,
-    tracks: IntArray,
-    corners: IntArray,
-    boxes: npt.NDArray[np.int32],
-    soft: bool,
-) -> None:
-    """Copy windows (N, C, side, side), 0 on entry, out of a field (C, H', W') where they begin at ``origins`` (N, 2).
-
-    The other arguments say which mask is theirs: (N,) frame of its labels in ``cells`` and track, and
-    (N, 2) and (N, 4) where window and box lie in the image.
-    """
-    side = out.shape[-1]
-    for i in range(len(out)):
-        top, left = origins[i]
-        window = field[:, top : top + side, left : left + side]
-        if soft:
-            _mask(window, cells[windows[i]], tracks[i], corners[i], boxes[i], out[i])
-            continue
-        for channel in range(len(field)):
-            for y in range(side):
-                out[i, channel, y] = window[channel, y]
 
 
 @numba.njit(cache=True, nogil=True)
