@@ -10,10 +10,10 @@ import pandas as pd
 import pytest
 import ray
 
-from pipelines.config import ConfigError, RunConfig, differences, override, parse
+from pipelines.config import ConfigError, RunConfig, differences, override, parse, with_cells_of
 from storage_schemas import store
 from storage_schemas.keys import WellKey
-from storage_schemas.screen import Screen
+from storage_schemas.screen import Failure, Screen
 from storage_schemas.tables import SWEEP_RESULTS, open_table, write_table
 from tune.ablations import ABLATIONS
 from tune.sweep import _check_room, markdown, plan
@@ -74,6 +74,14 @@ def test_trials_are_ablations_times_seeds(config: RunConfig) -> None:
     assert trials[0].screen == Screen("out/trials/full-seed3")
 
 
+def test_trials_share_the_cells_that_the_sweep_segments_or_is_given(config: RunConfig) -> None:
+    segmented = with_cells_of(config, "out/screen")
+    given = parse({"inputs": {"cells": "imported"}}, "test")
+    for shared, url in ((segmented, "out/screen"), (given, "imported")):
+        (trial,) = plan(shared, "out", ["image"], [3])
+        assert (trial.config.inputs.cells, trial.config.inputs.plates, trial.config.segment) == (url, None, None)
+
+
 def test_an_ablation_without_effect_is_left_out(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
     standard = override(config, ["model.temporal=standard"])
     trials = plan(standard, "out", ["full", "standard-time"], [0])
@@ -107,7 +115,7 @@ def test_a_screen_borrows_segmented_wells_and_keeps_the_rest_its_own() -> None:
     trial = Screen(f"{owner.url}-trial", owner)
     for url in (owner.cells(WELL), owner.embeddings(WELL)):
         store.write_bytes(url, b"1")
-    owner.write_failure("segment", WELL, ValueError("soft"))
+    owner.write_failures("segment", WELL, [Failure(f"{WELL}/0", "blank", "is")])
     assert trial.done_units("segment") == {WELL}
     assert trial.done_units("embed") == set()
     assert trial.failures("segment") == owner.failures("segment") != []
