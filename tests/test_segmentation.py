@@ -356,7 +356,7 @@ def test_real_movies_have_the_counts_of_their_readme(real_data: Path) -> None:
 
 
 def test_real_touching_nuclei_are_told_apart(real_data: Path) -> None:
-    """The counts in the data's README are of what hangs together above Otsu's threshold: half of what is there by eye."""
+    """The counts in the data's README are of what hangs together above Otsu's threshold, half of what one sees."""
     folder = real_data / "vendor_layouts" / "ImageXpress" / "9987_Plate_3435" / "TimePoint_1"
     for path, together in zip(sorted(folder.glob("*_w1.TIF")), (8, 18, 23, 37), strict=True):
         image = read(path)
