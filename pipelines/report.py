@@ -125,9 +125,10 @@ def _source(inputs: Inputs) -> dict[str, object]:
 
 
 def _scaling_note(config: RunConfig) -> list[str]:
-    if config.segment is None or config.segment.clips.scaling.method != "site":
+    if config.segment is None or config.segment.clips.scaling.method not in ("site", "cell"):
         return []
-    return ["Clips are scaled site by site: their brightness does not compare between sites or wells."]
+    own = config.segment.clips.scaling.method
+    return [f"Clips are scaled {own} by {own}: their brightness does not compare between {own}s or wells."]
 
 
 def _plate_maps(screen: Screen, maps: pd.DataFrame, keys: pd.DataFrame) -> pd.DataFrame:
