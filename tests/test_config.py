@@ -108,7 +108,7 @@ def test_printed_default_holds_every_key_and_a_comment_above_each() -> None:
 
 def test_printed_default_names_the_choices_of_each_union() -> None:
     text = commented_default()
-    for choices in ("none, flat_field", "fixed, track", "plate, site, fixed", "sgd, adamw", "cosine, plateau"):
+    for choices in ("none, flat_field", "fixed, track", "plate, site, fixed, cell", "sgd, adamw", "cosine, plateau"):
         assert f"choices of method: {choices}\n" in text
 
 
