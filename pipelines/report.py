@@ -40,7 +40,7 @@ def report(config: RunConfig, inputs: Inputs, screen: Screen, fingerprint: str) 
     keys, embeddings = read_embeddings(screen, inputs.wells)
     maps = inputs.plate_map.merge(inputs.compounds[["compound", "moa"]], on="compound", how="left")
     examples = _examples(screen, maps, rng)
-    judged = _judged(inputs, screen)
+    judged = read_quality(inputs, screen)
     data = ReportData(
         title=config.title,
         provenance={
@@ -54,7 +54,7 @@ def report(config: RunConfig, inputs: Inputs, screen: Screen, fingerprint: str) 
         plate_maps=_plate_maps(screen, maps, keys),
         quality=pd.DataFrame() if judged.empty else summarise(judged),
         quality_limits=_quality_limits(config, screen, judged),
-        bad_sites=_bad_sites(screen, judged),
+        bad_sites=bad_sites(screen, judged),
         training=metrics.pivot(index="epoch", columns="name", values="value").reset_index(),
         embedding_map=_map(maps, keys, embeddings, rng),
         evaluation=store.read_json(screen.evaluation),
@@ -71,7 +71,7 @@ def report(config: RunConfig, inputs: Inputs, screen: Screen, fingerprint: str) 
     return {"clips shown": len(examples), "compounds": len(inputs.compounds)}, []
 
 
-def _judged(inputs: Inputs, screen: Screen) -> pd.DataFrame:
+def read_quality(inputs: Inputs, screen: Screen) -> pd.DataFrame:
     """Quality of all wells that have been segmented; nothing of imported cells, which have no images."""
     done = screen.done_units("segment")
     urls = [screen.quality(well) for well in inputs.wells if well in done]
@@ -90,7 +90,7 @@ def _quality_limits(config: RunConfig, screen: Screen, judged: pd.DataFrame) -> 
     return pd.concat(rows)[["plate", *rows[0].columns.drop("plate")]]
 
 
-def _bad_sites(screen: Screen, judged: pd.DataFrame) -> pd.DataFrame:
+def bad_sites(screen: Screen, judged: pd.DataFrame) -> pd.DataFrame:
     """Failed sites (and wells), then those with flags and bad frames, the worst first."""
     failures = screen.failures("segment")
     failed = pd.DataFrame(

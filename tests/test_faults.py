@@ -19,6 +19,8 @@ from conftest import Command
 from runs import digests, times
 
 from pipelines.config import load
+from pipelines.inputs import open_inputs
+from pipelines.report import bad_sites, read_quality
 from pipelines.run import run
 from screening.simulation import CHANNELS, SimulationConfig, simulate_site
 from storage_schemas.keys import WellKey
@@ -309,6 +311,18 @@ def test_every_fault_costs_its_site_and_a_mended_plate_is_as_if_never_broken(
         else:
             assert set(quality["site_flag"]) == {fault.recorded}
     assert counts["sites flagged: no cells"] == counts["sites flagged: not finite"] == 1
+
+    # The report lists both, the failed ones first.
+    listed = bad_sites(screen, read_quality(open_inputs(load(str(plates / "run.yaml")).inputs), screen))
+    assert listed["site"].tolist()[: len(failures)] == list(failures)
+    assert (listed["outcome"] == "failed").sum() == len(failures)
+    shown = listed.set_index("site")[["outcome", "reason"]].apply(tuple, axis=1).to_dict()
+    assert {"/".join(key): shown["/".join(key)] for key in FLAGGED} == {
+        "p/C02/0": ("used", "empty"),
+        "f/A01/0": ("used", "not finite"),
+        "p/C03/0": ("no clips", "no cells"),
+        "f/A02/1": ("no clips", "not finite"),
+    }
 
     # The same again tries the failed ones, and changes nothing.
     before, written = digests(folder, *SEGMENTED, "failures"), times(folder, *SEGMENTED)

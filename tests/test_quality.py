@@ -395,3 +395,16 @@ def test_a_soft_site_of_a_real_plate_is_flagged_and_no_other(real_data: Path) ->
         assert flags(site, plate) == []
         soft = np.stack([cv2.GaussianBlur(plane, (0, 0), 3) for plane in site[0]])[None]
         assert reasons(judge(soft, plate), 0) == [SOFT] * 3
+
+
+def test_a_fibre_on_a_real_plate_is_flagged_and_no_other(real_data: Path) -> None:
+    """At a tenth of the exposure: as they are, the images reach up to the camera's ceiling, and nothing is brighter."""
+    planes = [plane // 10 for plane in real_planes(real_data)["cell painting DAPI"]]
+    sites = [plane[None, None] for plane in planes]
+    plate = quality.typical(pd.concat([quality.measure(site) for site in sites]))
+    for site in sites:
+        assert flags(site, plate) == []
+        fibre = np.zeros(site.shape[2:], np.float32)
+        cv2.polylines(fibre, [np.array([[100, 100], [500, 400], [900, 350], [1100, 700]])], False, 60_000, 15)
+        dirty = (site + cv2.GaussianBlur(fibre, (0, 0), 5)).clip(0, 65535).astype(np.uint16)
+        assert DEBRIS in reasons(judge(dirty, plate), 0)[0]
