@@ -215,12 +215,12 @@ def _find_nuclei(plane: Plane, config: NucleiConfig, sparse: bool) -> Labels:
     excess = view.smooth - _background(view)
     contrast = np.maximum(excess, 0)
     noise = _middle_and_spread(_sample(excess)[_sample(view.mask) == 0])[1]
-    inside = contrast[view.mask > 0]
     # What is no brighter in all than noise is not looked at in its parts: there would be thousands.
-    if float(np.square(inside).sum()) < _NOISE_CONTRAST * noise * float(inside.sum()):
+    light = cv2.mean(contrast, view.mask)[0] * cv2.countNonZero(view.mask)
+    if cv2.norm(contrast, cv2.NORM_L2SQR, view.mask) < _NOISE_CONTRAST * noise * light:
         return np.zeros(plane.shape, np.int32)
     labels, height, plateau = _split(view, contrast, config)
-    if _is_shading(view, float(np.median(plateau[np.unique(labels)[1:]]))):
+    if _is_shading(view, labels, plateau):
         return np.zeros(plane.shape, np.int32)
     if view.scale != 1:
         labels = _at_full_resolution(labels, height, view.clearance, plane.shape)
@@ -237,13 +237,7 @@ def _look(plane: Plane, config: NucleiConfig, sparse: bool) -> _View:
         smooth = _blur(_resize(plane, (max(1, round(height * scale)), max(1, round(width * scale)))), sigma)
         return smooth, *_threshold(smooth, config, sparse)
 
-    diameter = config.diameter
-    rounds = 1
-    if diameter is None:
-        _, levels, level = threshold(1.0, 1.0)
-        diameter = _typical_diameter(_as_mask(levels > level))
-        rounds = 3
-    for remaining in reversed(range(rounds)):
+    def look(diameter: float) -> _View:
         scale = _working_scale(diameter)
         here = diameter * scale
         smooth, levels, level = threshold(scale, max(1.0, config.smoothing * here))
@@ -255,9 +249,18 @@ def _look(plane: Plane, config: NucleiConfig, sparse: bool) -> _View:
             clearance = np.minimum(clearance, levels - local)
             mask = _as_mask(clearance > 0)
         _fill_holes(mask, _HOLE_AREA * here**2)
-        if remaining:
-            diameter = _typical_diameter(mask) / scale
-    return _View(scale, here, smooth, clearance, mask)
+        return _View(scale, here, smooth, clearance, mask)
+
+    if config.diameter is not None:
+        return look(config.diameter)
+    _, levels, level = threshold(1.0, 1.0)
+    diameter = _typical_diameter(_as_mask(levels > level))
+    for _ in range(3):
+        view = look(diameter)
+        before, diameter = diameter, _typical_diameter(view.mask) / view.scale
+        if abs(diameter / before - 1) < 0.05:
+            break
+    return view
 
 
 def _working_scale(diameter: float) -> float:
@@ -372,13 +375,14 @@ def _background(view: _View) -> Plane:
     return (total + np.float32(0.02) * typical) / (share + np.float32(0.02))
 
 
-def _is_shading(view: _View, bright: float) -> bool:
+def _is_shading(view: _View, labels: Labels, plateau: Sums) -> bool:
     """Whether what was found is as large as uneven background may be, and has no edge."""
     if view.diameter < 0.25 * min(view.mask.shape):
         return False
     smooth = _blur(view.smooth, 0.08 * view.diameter)
     slope = np.hypot(*(cv2.Sobel(smooth, cv2.CV_32F, *axis, scale=1 / 8) for axis in ((1, 0), (0, 1))))
     edge = (view.mask > 0) & (cv2.erode(view.mask, np.ones((3, 3), np.uint8)) == 0)
+    bright = float(np.median(plateau[np.unique(labels)[1:]]))
     return float(np.median(slope[edge])) * view.diameter < _EDGE_STEEPNESS * bright
 
 
