@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import cv2
@@ -208,7 +210,7 @@ def _plate_forms(inputs: Inputs) -> dict[str, SiteForm]:
     forms: dict[str, SiteForm] = {}
     for plate in inputs.plates.values():
         wells = _spread(_wells_of(plate, inputs), _SAMPLED_FORMS)
-        images = [image for well in wells for image in _images(plate, well)[:1]]
+        images = [image for well in wells for image in islice(_images(plate, well), 1)]
         found = Counter(SiteForm(image.channels, image.shape) for image in images)
         if found:
             forms[plate.name] = found.most_common(1)[0][0]
@@ -312,7 +314,7 @@ def _sample(config: SegmentConfig, plate: Plate, wells: list[str], form: SiteFor
     per_well = -(-_SAMPLED_SITES // len(picked))
     stacks = []
     for well in picked:
-        for image in _images(plate, well)[:per_well]:
+        for image in islice(_images(plate, well), per_well):
             try:
                 check_form(SiteForm(image.channels, image.shape), form, config.clips)
             except SiteError:
@@ -345,19 +347,15 @@ def _spread(wells: Sequence[str], n: int) -> list[str]:
     return [wells[i] for i in np.unique(np.linspace(0, len(wells) - 1, min(len(wells), n)).astype(int))]
 
 
-def _images(plate: Plate, well: str) -> list[SiteImage]:
-    """The sites of a well that can be opened."""
+def _images(plate: Plate, well: str) -> Iterator[SiteImage]:
+    """The sites of a well that can be opened, opened when they are asked for."""
     try:
-        urls = list(plate.sites(well).values())
+        urls = plate.sites(well).values()
     except InputError:
-        return []
-    images = []
+        return
     for url in urls:
-        try:
-            images.append(open_site(url))
-        except InputError:
-            continue
-    return images
+        with suppress(InputError):
+            yield open_site(url)
 
 
 # --- tables ----------------------------------------------------------------------------------
