@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format benchmark-site benchmark-ray clean
+.PHONY: help demo test test-slow lint format benchmark-site benchmark-ray benchmark-segmentation clean
 
 help:
 	@echo "make demo       simulate a small screen, run every stage, ask it a question (into demo/)"
@@ -17,6 +17,7 @@ help:
 	@echo "make format     let ruff rewrite the code"
 	@echo "make benchmark-site  a site's steps, speed and F1, beside the plain scikit-image way"
 	@echo "make benchmark-ray   the stage segment on two cores beside a plain loop on one"
+	@echo "make benchmark-segmentation  nuclei and cells against truth, beside the plain scikit-image way"
 	@echo "make clean      remove the environment, caches, builds and demo/"
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -48,6 +49,9 @@ benchmark-site: $(INSTALLED)
 
 benchmark-ray: $(INSTALLED)
 	$(BIN)/python benchmarks/ray_stage.py
+
+benchmark-segmentation: $(INSTALLED)
+	$(BIN)/python benchmarks/segmentation.py
 
 clean:
 	rm -rf $(VENV) demo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
