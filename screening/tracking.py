@@ -13,6 +13,7 @@ division, as in the Cell Tracking Challenge).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import combinations, pairwise
 from typing import Any
 
@@ -117,9 +118,15 @@ class _Movie:
     brightness: Floats  # ln of the intensity over the background, relative to the frame's median object
     travelled: Floats  # (T, 2) drift taken out so far
 
-    @property
+    @cached_property
     def diameter(self) -> float:
+        """Of the median object, px."""
         return 2 * float(np.sqrt(np.median(self.area) / np.pi))
+
+    @cached_property
+    def coarse(self) -> list[npt.NDArray[np.uint8]]:
+        """The foreground of every frame, shrunk to find its drift."""
+        return [_shrink(plane, self.diameter) for plane in self.planes]
 
     def at(self, t: int) -> slice:
         """Positions of the objects of a frame."""
@@ -185,28 +192,42 @@ def estimate_drift(before: Labels, after: Labels, diameter: float, max_drift: fl
     looks at the shared part of the fields only; the match is the correlation there. Where no peak stands out
     within ``max_drift`` diameters, the shift is (0, 0) and the match 0.
     """
+    return _shift(_shrink(before, diameter), _shrink(after, diameter), before.shape, diameter, max_drift)
+
+
+def _shrink(plane: Labels, diameter: float) -> npt.NDArray[np.uint8]:
+    """The foreground at a size at which an object of the given diameter is a few px wide."""
+    scale = min(1.0, _DRIFT_DIAMETER / diameter)
+    height, width = (max(1, round(side * scale)) for side in plane.shape)
+    # Bytes shrink several times faster than floats.
+    foreground = (plane > 0).view(np.uint8) * np.uint8(255)
+    return np.asarray(cv2.resize(foreground, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
+
+
+def _shift(
+    before: npt.NDArray[np.uint8],
+    after: npt.NDArray[np.uint8],
+    shape: tuple[int, ...],
+    diameter: float,
+    max_drift: float,
+) -> tuple[Floats, float]:
+    """Shift and match of two foregrounds that :func:`_shrink` has shrunk from ``shape``."""
     nothing = np.zeros(2), 0.0
     scale = min(1.0, _DRIFT_DIAMETER / diameter)
-    size = [max(1, round(side * scale)) for side in before.shape]
-    shrunk = [
-        # Bytes shrink several times faster than floats.
-        cv2.resize((plane > 0).view(np.uint8) * np.uint8(255), size[::-1], interpolation=cv2.INTER_AREA)
-        for plane in (before, after)
-    ]
-    reach = min(int(np.ceil(max_drift * diameter * scale)), min(size) // 4)
+    reach = min(int(np.ceil(max_drift * diameter * scale)), min(before.shape) // 4)
     if reach < 1:
         return nothing
-    template = shrunk[0][reach:-reach, reach:-reach]
-    if np.ptp(template) == 0 or np.ptp(shrunk[1]) == 0:
+    template = before[reach:-reach, reach:-reach]
+    if np.ptp(template) == 0 or np.ptp(after) == 0:
         return nothing
-    match = cv2.matchTemplate(shrunk[1], template, cv2.TM_CCOEFF_NORMED).astype(np.float64)
+    match = cv2.matchTemplate(after, template, cv2.TM_CCOEFF_NORMED).astype(np.float64)
     y, x = (int(i) for i in np.unravel_index(match.argmax(), match.shape))
     stands_out = match[y, x] > max(0.3, match[reach, reach] + 0.1)
     # A maximum on the rim of the search is a slope, not a peak.
     if not stands_out or min(y, x) == 0 or max(y, x) == 2 * reach:
         return nothing
     peak = np.array([y + _summit(*match[y - 1 : y + 2, x]), x + _summit(*match[y, x - 1 : x + 2])])
-    return (peak - reach) * before.shape / size, float(match[y, x])
+    return (peak - reach) * shape / before.shape, float(match[y, x])
 
 
 def _summit(left: float, middle: float, right: float) -> float:
@@ -223,7 +244,7 @@ def _common_drift(movie: _Movie, s: int, e: int, reach: float, config: TrackingC
     """
     if min(len(movie.area[movie.at(s)]), len(movie.area[movie.at(e)])) < _DRIFT_CELLS:
         return np.zeros(2), False
-    drift, match = estimate_drift(movie.planes[s], movie.planes[e], movie.diameter, config.max_drift)
+    drift, match = _shift(movie.coarse[s], movie.coarse[e], movie.planes.shape[1:], movie.diameter, config.max_drift)
     if match == 0 or match < config.drift_match:
         return drift, False
     still, moved = (_link_frames(movie, s, e, move, reach, config)[2] for move in (np.zeros(2), drift))
