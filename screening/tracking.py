@@ -36,7 +36,7 @@ Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
 # Frames are shrunk to this diameter (px) to find their drift, and the peak is refined between pixels.
-_DRIFT_DIAMETER = 6.0
+_DRIFT_DIAMETER = 5.0
 # What fewer objects do together cannot be told from what each does by itself.
 _DRIFT_CELLS = 5
 # Steps of a cell that its usual area is the median of: outlasts a mitosis' contraction and a brief merger.
@@ -192,29 +192,31 @@ def estimate_drift(before: Labels, after: Labels, diameter: float, max_drift: fl
     looks at the shared part of the fields only; the match is the correlation there. Where no peak stands out
     within ``max_drift`` diameters, the shift is (0, 0) and the match 0.
     """
-    return _shift(_shrink(before, diameter), _shrink(after, diameter), before.shape, diameter, max_drift)
+    return _shift(_shrink(before, diameter), _shrink(after, diameter), diameter, max_drift)
 
 
 def _shrink(plane: Labels, diameter: float) -> npt.NDArray[np.uint8]:
     """The foreground at a size at which an object of the given diameter is a few px wide."""
-    scale = min(1.0, _DRIFT_DIAMETER / diameter)
-    height, width = (max(1, round(side * scale)) for side in plane.shape)
-    # Bytes shrink several times faster than floats.
-    foreground = (plane > 0).view(np.uint8) * np.uint8(255)
+    factor = _drift_factor(diameter)
+    height, width = (max(1, side // factor) for side in plane.shape)
+    foreground = (plane[: height * factor, : width * factor] > 0).view(np.uint8) * np.uint8(255)
     return np.asarray(cv2.resize(foreground, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
+
+
+def _drift_factor(diameter: float) -> int:
+    return max(1, round(diameter / _DRIFT_DIAMETER))
 
 
 def _shift(
     before: npt.NDArray[np.uint8],
     after: npt.NDArray[np.uint8],
-    shape: tuple[int, ...],
     diameter: float,
     max_drift: float,
 ) -> tuple[Floats, float]:
-    """Shift and match of two foregrounds that :func:`_shrink` has shrunk from ``shape``."""
+    """Shift (px of the full size) and match of two foregrounds that :func:`_shrink` has shrunk."""
     nothing = np.zeros(2), 0.0
-    scale = min(1.0, _DRIFT_DIAMETER / diameter)
-    reach = min(int(np.ceil(max_drift * diameter * scale)), min(before.shape) // 4)
+    factor = _drift_factor(diameter)
+    reach = min(int(np.ceil(max_drift * diameter / factor)), min(before.shape) // 4)
     if reach < 1:
         return nothing
     template = before[reach:-reach, reach:-reach]
@@ -227,7 +229,7 @@ def _shift(
     if not stands_out or min(y, x) == 0 or max(y, x) == 2 * reach:
         return nothing
     peak = np.array([y + _summit(*match[y - 1 : y + 2, x]), x + _summit(*match[y, x - 1 : x + 2])])
-    return (peak - reach) * shape / before.shape, float(match[y, x])
+    return (peak - reach) * factor, float(match[y, x])
 
 
 def _summit(left: float, middle: float, right: float) -> float:
@@ -244,7 +246,7 @@ def _common_drift(movie: _Movie, s: int, e: int, reach: float, config: TrackingC
     """
     if min(len(movie.area[movie.at(s)]), len(movie.area[movie.at(e)])) < _DRIFT_CELLS:
         return np.zeros(2), False
-    drift, match = _shift(movie.coarse[s], movie.coarse[e], movie.planes.shape[1:], movie.diameter, config.max_drift)
+    drift, match = _shift(movie.coarse[s], movie.coarse[e], movie.diameter, config.max_drift)
     if match == 0 or match < config.drift_match:
         return drift, False
     still, moved = (_link_frames(movie, s, e, move, reach, config)[2] for move in (np.zeros(2), drift))
