@@ -172,7 +172,7 @@ def _attempt(context: _Context, calibration: Calibration, key: SiteKey, url: str
     config, form = context.config, context.forms[key.plate]
     try:
         image = open_site(url)
-        check_form(SiteForm(image.channels, image.shape), form, config.clips)
+        check_form(SiteForm(image.channels, image.shape), form, config)
         stack = image.read(form.channels, projection=config.projection)
         site = process_site(stack, form.channels, calibration, config)
         if config.labels:
@@ -316,26 +316,29 @@ def _sample(config: SegmentConfig, plate: Plate, wells: list[str], form: SiteFor
     for well in picked:
         for image in islice(_images(plate, well), per_well):
             try:
-                check_form(SiteForm(image.channels, image.shape), form, config.clips)
+                check_form(SiteForm(image.channels, image.shape), form, config)
             except SiteError:
                 continue  # the well's own unit will meet the same error and record it, as for those not readable
             last = image.shape[0] - 1
             frames = sorted({round(last * i / (_SAMPLED_FRAMES - 1)) for i in range(_SAMPLED_FRAMES)})
-            shape = (1, len(form.channels), *form.shape[2:])
-            reads = [dask.delayed(partial(_read_frame, image, frame, form, config.projection))() for frame in frames]
-            stacks.append(da.concatenate([da.from_delayed(read, shape, np.float32) for read in reads]))
+            shape = (1, len(form.channels), *image.shape[2:])
+            read = partial(_read_frame, image, form.channels, config.projection)
+            reads = [dask.delayed(partial(read, frame))() for frame in frames]
+            stacks.append(da.concatenate([da.from_delayed(task, shape, np.float32) for task in reads]))
     return stacks
 
 
-def _read_frame(image: SiteImage, frame: int, form: SiteForm, projection: Projection) -> np.ndarray[Any, Any]:
+def _read_frame(
+    image: SiteImage, channels: Sequence[str], projection: Projection, frame: int
+) -> np.ndarray[Any, np.dtype[Any]]:
     """A frame (1, C, H, W), all NaN if it was never taken or is lost: it says nothing of the plate."""
     try:
-        read = image.read(form.channels, [frame], projection)
+        pixels = image.read(channels, [frame], projection)
     except SchemaError:
-        read = None
-    if read is None or read.min() == read.max():
-        return np.full((1, len(form.channels), *form.shape[2:]), np.nan, np.float32)
-    return read
+        pixels = None
+    if pixels is None or pixels.min() == pixels.max():
+        return np.full((1, len(channels), *image.shape[2:]), np.nan, np.float32)
+    return pixels
 
 
 def _wells_of(plate: Plate, inputs: Inputs) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -46,6 +45,11 @@ class SegmentConfig(Config):
 
     channels: ChannelsConfig = Field(description="which of the plates' channels is what")
     projection: Projection = Field("max", description="how a z axis is projected: max or mean")
+    alike: bool = Field(
+        True,
+        description="sites of a plate are alike: one of other size or length fails, and frames are judged against the "
+        "plate; false for movies of different origin brought together in one plate",
+    )
     illumination: IlluminationConfig = Field(FlatField(), description="correction of uneven illumination")
     quality: QualityConfig = Field(QualityConfig(), description="what counts as a bad frame")
     nuclei: Annotated[NucleiConfig | CellposeConfig, Field(discriminator="method")] = Field(
@@ -147,7 +151,9 @@ def process_site(
     nucleus = _position(channels, config.channels.nucleus)
     picks = [_position(channels, name) for name in config.channels.clips or channels]
     frames = clips.choose_frames(len(stack), config.clips)
-    judged = quality.flag(quality.measure(stack), calibration.quality, config.quality)
+    measures = quality.measure(stack)
+    usual = calibration.quality if config.alike else quality.typical(measures)
+    judged = quality.flag(measures, usual, config.quality)
     if (judged["sd"] == 0).all():
         raise SiteError("blank", f"each frame is one value ({stack.flat[0]}): chunks are missing or the camera was off")
     bad = judged.groupby("frame")["bad"].first().to_numpy()
@@ -216,12 +222,12 @@ def _find_cells(
     return cellpose_model.segment_cells(cytoplasm, nucleus, nuclei, config)
 
 
-def check_form(site: SiteForm, plate: SiteForm, config: ClipsConfig) -> None:
+def check_form(site: SiteForm, plate: SiteForm, config: SegmentConfig) -> None:
     """Check that a site is like its plate's, so that its cells can be compared with theirs.
 
     Raises:
-        SiteError: if it lacks a channel of its plate, has fewer or more pixels, or so many frames that its clips would
-            be of other time points.
+        SiteError: if it lacks a channel of its plate or frames for a clip, or, where sites are to be alike,
+            has another height or width or so many frames that its clips would be of other time points.
     """
     missing = [name for name in plate.channels if name not in site.channels]
     if missing:
@@ -229,21 +235,22 @@ def check_form(site: SiteForm, plate: SiteForm, config: ClipsConfig) -> None:
             "channels",
             f"has no channel {missing}; its channels are {list(site.channels)}, its plate's {list(plate.channels)}",
         )
-    if site.shape[2:] != plate.shape[2:]:
-        raise SiteError("shape", f"is {_times(site.shape[2:])} px, the sites of its plate {_times(plate.shape[2:])} px")
     n_frames, usual = site.shape[0], plate.shape[0]
     try:
-        same = np.array_equal(clips.choose_frames(n_frames, config), clips.choose_frames(usual, config))
+        frames = clips.choose_frames(n_frames, config.clips)
     except InputError as error:
         raise SiteError("frames", str(error)) from error
-    if not same:
+    if not config.alike:
+        return
+    advice = "; if its plate brings different movies together, set segment.alike to false"
+    if site.shape[2:] != plate.shape[2:]:
+        size, usual_size = (" × ".join(map(str, form.shape[2:])) for form in (site, plate))
+        raise SiteError("shape", f"is {size} px, the sites of its plate {usual_size} px{advice}")
+    if not np.array_equal(frames, clips.choose_frames(usual, config.clips)):
         raise SiteError(
-            "frames", f"has {n_frames} frames, the sites of its plate {usual}: its clips would be of other time points"
+            "frames",
+            f"has {n_frames} frames, the sites of its plate {usual}: its clips would be of other time points{advice}",
         )
-
-
-def _times(shape: Sequence[int]) -> str:
-    return " × ".join(map(str, shape))
 
 
 def _filled(movie: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

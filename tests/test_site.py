@@ -244,7 +244,7 @@ PLATE = SiteForm(("a", "b"), (5, 2, 64, 48))
 
 @pytest.mark.parametrize("channels", [("a", "b"), ("b", "a"), ("x", "b", "a")])
 def test_channels_are_known_by_name(channels: tuple[str, ...]) -> None:
-    check_form(SiteForm(channels, (5, len(channels), 64, 48)), PLATE, CONFIG.clips)
+    check_form(SiteForm(channels, (5, len(channels), 64, 48)), PLATE, CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -258,14 +258,14 @@ def test_channels_are_known_by_name(channels: tuple[str, ...]) -> None:
 )
 def test_sites_unlike_their_plate(site: SiteForm, fault: str, message: str) -> None:
     with pytest.raises(SiteError, match=message) as caught:
-        check_form(site, PLATE, CONFIG.clips)
+        check_form(site, PLATE, CONFIG)
     assert caught.value.fault == fault
     again = pickle.loads(pickle.dumps(caught.value))
     assert (type(again), again.fault, str(again)) == (SiteError, fault, str(caught.value))
 
 
 def test_more_frames_are_no_fault_where_clips_are_of_the_first_ones() -> None:
-    config = ClipsConfig(frames=4, step=1)
+    config = CONFIG.model_copy(update={"clips": ClipsConfig(frames=4, step=1)})
     check_form(SiteForm(("a", "b"), (9, 2, 64, 48)), PLATE, config)
     with pytest.raises(SiteError, match="too short"):
         check_form(SiteForm(("a", "b"), (3, 2, 64, 48)), PLATE, config)
@@ -274,3 +274,20 @@ def test_more_frames_are_no_fault_where_clips_are_of_the_first_ones() -> None:
 def test_no_flag_of_a_site_is_a_part_of_another() -> None:
     """The commonest is found by its name among joined ones."""
     assert not any(one in other for one in FLAGS for other in FLAGS if one != other)
+
+
+def test_movies_brought_together_may_differ_but_for_channels_and_length() -> None:
+    config = CONFIG.model_copy(update={"alike": False})
+    check_form(SiteForm(("a", "b"), (9, 2, 48, 64)), PLATE, config)
+    for channels, n_frames in ((("a",), 9), (("a", "b"), 3)):
+        with pytest.raises(SiteError):
+            check_form(SiteForm(channels, (n_frames, len(channels), 48, 64)), PLATE, config)
+
+
+def test_movies_brought_together_are_judged_alone(simulated: SimulatedSite) -> None:
+    """One of 8 bit among those of 16 bit is not empty, nor are they debris."""
+    config = CONFIG.model_copy(update={"alike": False})
+    plate = calibration(simulated.stack)
+    dim = (simulated.stack // 100).astype(np.uint8)
+    assert process_site(dim, CHANNELS, plate, CONFIG).quality["bad"].all()
+    assert not process_site(dim, CHANNELS, plate, config).quality["bad"].any()
