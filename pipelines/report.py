@@ -80,7 +80,7 @@ def read_quality(inputs: Inputs, screen: Screen) -> pd.DataFrame:
 
 
 def _quality_limits(config: RunConfig, screen: Screen, judged: pd.DataFrame) -> pd.DataFrame:
-    """The limits that frames of each plate were held to; none where sites were judged alone, nor known of another run's cells."""
+    """The limits that frames of each plate were held to; none where sites were judged alone or in another run."""
     if config.segment is None or not config.segment.alike or judged.empty:
         return pd.DataFrame()
     rows = []
