@@ -149,6 +149,27 @@ def label_sums(labels: Labels, inner: Plane, contrast: Plane) -> tuple[Sums, Sum
 
 
 @numba.njit(cache=True, nogil=True)
+def cut(labels: Labels, contrast: Plane, label: Labels, level: Plane) -> Labels:
+    """Rename labels and cut each at a level of its own.
+
+    Args:
+        labels: (H, W) int32.
+        contrast: (H, W) float32.
+        label: (n + 1,) int32, what each label is called from now on.
+        level: (n + 1,) float32, what its pixels must exceed.
+
+    Returns:
+        (H, W) int32; 0 where a pixel does not.
+    """
+    out = np.empty_like(labels)
+    for y in range(labels.shape[0]):
+        for x in range(labels.shape[1]):
+            k = labels[y, x]
+            out[y, x] = label[k] if k != 0 and contrast[y, x] > level[k] else 0
+    return out
+
+
+@numba.njit(cache=True, nogil=True)
 def contacts(labels: Labels, inner: Plane, contrast: Plane) -> tuple[Labels, Labels, Plane, Plane]:
     """The pixel edges at which two labels meet; arguments as those of :func:`label_sums`.
 

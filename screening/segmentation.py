@@ -23,10 +23,12 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from screening.regions import Flags, Labels, Levels, Mask, Plane, Regions, Sums, contacts, find_regions, label_sums
+from screening.regions import Flags, Labels, Levels, Mask, Plane, Regions, Sums, contacts, cut, find_regions, label_sums
 from screening.regions import watershed as flood
 from storage_schemas.base import Config
 from storage_schemas.errors import InputError
+
+_CAMERA_DTYPES = (np.uint8, np.uint16)
 
 # A threshold put through pure noise leaves parts 3 times as bright as the spread of what is below it, through smooth
 # shading mostly 4; fields of nuclei measured from 6 (dense tissue) to 430.
@@ -38,6 +40,10 @@ _LEAST_AREA = 9
 # Larger nuclei are reduced to this diameter in px to be found: from 16 on the scores hardly depend on it. Nuclei of
 # less than half of it are doubled first, or the necks between them are lost in the grid of pixels.
 _WORKING_DIAMETER = 24.0
+# Cells are grown at the resolution that makes their nuclei this wide, px.
+_GROWING_DIAMETER = 12.0
+# Windows wider than this, px, are taken of a reduced image.
+_SMOOTH_WINDOW = 8
 # A hole of less than half a nucleus is closed, a larger one is what several nuclei enclose.
 _HOLE_AREA = 0.4
 
@@ -151,19 +157,35 @@ def segment_cells(
     if not area.any():
         return markers
     diameter = 2 * float(np.sqrt(np.median(area[area > 0]) / np.pi))
-    outside = _as_mask(markers == 0)
     if cytoplasm is None:
-        return _expand(markers, outside, config.expansion * diameter)
+        return _expand(markers, _as_mask(markers == 0), config.expansion * diameter)
     if plane is None:
         return markers
-    levels = _compress(_blur(plane, config.smoothing), config.dim_weight)
-    distance = cast(Plane, cv2.distanceTransform(outside, cv2.DIST_L2, 5))
+    scale = min(1.0, _GROWING_DIAMETER / diameter)
+    cells = _grow(plane, markers, diameter, scale, config)
+    return np.where(markers > 0, markers, cells)
+
+
+def _grow(plane: Plane, nuclei: Labels, diameter: float, scale: float, config: CellsConfig) -> Labels:
+    """Cells grown at ``scale`` px per px of the image and brought back to it, their outlines drawn between pixels."""
+    small = _resize(plane, _scaled(plane.shape, scale))
+    markers = cast(Labels, cv2.resize(nuclei, small.shape[::-1], interpolation=cv2.INTER_NEAREST))
+    here = diameter * scale
+    # Averaging over the px of the image has blurred it already.
+    blur = max(0.0, config.smoothing**2 - (scale**-2 - 1) / 12) ** 0.5 * scale
+    levels = _compress(_blur(small, blur), config.dim_weight)
+    distance = cast(Plane, cv2.distanceTransform(_as_mask(markers == 0), cv2.DIST_L2, 5))
     # The rim is always cell: organelles often leave a dark gap around the nucleus that would cut them off.
-    mask = _as_mask((levels > _otsu(levels)) | (distance <= config.rim * diameter))
-    _fill_holes(mask, _HOLE_AREA * diameter**2)
-    mask &= distance <= config.max_distance * diameter
+    mask = _as_mask((levels > _otsu(levels)) | (distance <= config.rim * here))
+    _fill_holes(mask, _HOLE_AREA * here**2)
+    mask &= distance <= config.max_distance * here
     pull = config.brightness_weight / float(levels.max())
-    return flood(_steps(distance / np.float32(diameter) - np.float32(pull) * levels), markers, mask)
+    cells = flood(_steps(distance / np.float32(here) - np.float32(pull) * levels), markers, mask)
+    if small.shape == plane.shape:
+        return cells
+    whole = cast(Labels, cv2.resize(cells, plane.shape[::-1], interpolation=cv2.INTER_NEAREST))
+    whole[cv2.resize(255 * mask, plane.shape[::-1], interpolation=cv2.INTER_LINEAR) < 128] = 0
+    return whole
 
 
 def _expand(nuclei: Labels, outside: Mask, reach: float) -> Labels:
@@ -187,6 +209,9 @@ def _unit_range(image: npt.NDArray[Any], name: str) -> Plane | None:
     low, high = float(image.min()), float(image.max())
     if high == low:
         return None
+    if image.dtype in _CAMERA_DTYPES:
+        return (image.astype(np.float32) - np.float32(low)) * np.float32(1 / (high - low))
+    # Float32 could not hold a small range on a large offset.
     return ((image.astype(np.float64) - low) / (high - low)).astype(np.float32)
 
 
@@ -219,13 +244,14 @@ def _find_nuclei(plane: Plane, config: NucleiConfig, sparse: bool) -> Labels:
     light = cv2.mean(contrast, view.mask)[0] * cv2.countNonZero(view.mask)
     if cv2.norm(contrast, cv2.NORM_L2SQR, view.mask) < _NOISE_CONTRAST * noise * light:
         return np.zeros(plane.shape, np.int32)
-    labels, height, plateau = _split(view, contrast, config)
-    if _is_shading(view, labels, plateau):
+    parts, height, whole, plateau = _split(view, contrast, config)
+    if _is_shading(view, plateau[np.unique(whole)[1:]]):
         return np.zeros(plane.shape, np.int32)
     if view.scale != 1:
-        labels = _at_full_resolution(labels, height, view.clearance, plane.shape)
+        parts = _at_full_resolution(whole[parts], height, view.clearance, plane.shape)
         contrast = _resize(contrast, plane.shape)
-    return _trim(labels, contrast, plateau, noise, view.diameter / view.scale, config)
+        whole = np.arange(len(whole), dtype=np.int32)
+    return _trim(parts, contrast, whole, plateau, noise, view.diameter / view.scale, config)
 
 
 def _look(plane: Plane, config: NucleiConfig, sparse: bool) -> _View:
@@ -233,8 +259,7 @@ def _look(plane: Plane, config: NucleiConfig, sparse: bool) -> _View:
 
     @cache
     def threshold(scale: float, sigma: float) -> tuple[Plane, Plane, float]:
-        height, width = plane.shape
-        smooth = _blur(_resize(plane, (max(1, round(height * scale)), max(1, round(width * scale)))), sigma)
+        smooth = _blur(_resize(plane, _scaled(plane.shape, scale)), sigma)
         return smooth, *_threshold(smooth, config, sparse)
 
     def look(diameter: float) -> _View:
@@ -314,8 +339,8 @@ def _without_glare(plane: Plane) -> Plane:
 
 
 def _sample(plane: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Every n-th pixel of every n-th row, at least 65,000 of a large image: quantiles and histograms need no more."""
-    step = max(1, int((plane.size / 2**16) ** 0.5))
+    """Every n-th pixel of every n-th row, at least 16,000 of a large image: quantiles need no more."""
+    step = max(1, int((plane.size / 2**14) ** 0.5))
     return plane[::step, ::step]
 
 
@@ -375,22 +400,23 @@ def _background(view: _View) -> Plane:
     return (total + np.float32(0.02) * typical) / (share + np.float32(0.02))
 
 
-def _is_shading(view: _View, labels: Labels, plateau: Sums) -> bool:
+def _is_shading(view: _View, brightness: Sums) -> bool:
     """Whether what was found is as large as uneven background may be, and has no edge."""
     if view.diameter < 0.25 * min(view.mask.shape):
         return False
     smooth = _blur(view.smooth, 0.08 * view.diameter)
     slope = np.hypot(*(cv2.Sobel(smooth, cv2.CV_32F, *axis, scale=1 / 8) for axis in ((1, 0), (0, 1))))
     edge = (view.mask > 0) & (cv2.erode(view.mask, np.ones((3, 3), np.uint8)) == 0)
-    bright = float(np.median(plateau[np.unique(labels)[1:]]))
+    bright = float(np.median(brightness))
     return float(np.median(slope[edge])) * view.diameter < _EDGE_STEEPNESS * bright
 
 
-def _split(view: _View, contrast: Plane, config: NucleiConfig) -> tuple[Labels, Plane, Sums]:
-    """Watershed of the mask into nuclei, from the tops of distance to the outside x root of brightness.
+def _split(view: _View, contrast: Plane, config: NucleiConfig) -> tuple[Labels, Plane, Labels, Sums]:
+    """Watershed of the mask into parts of nuclei, from the tops of distance to the outside x root of brightness.
 
     Returns:
-        labels, the landscape that they were flooded in, and the brightness of each label.
+        the parts, the landscape that they were flooded in, (n + 1,) the nucleus that each is of, and (n + 1,) the
+        brightness of each nucleus.
     """
     inner = _inner_distance(view.mask)
     relative = contrast / np.maximum(_local_mean(contrast, 1.2 * view.diameter), np.float32(1e-6))
@@ -399,15 +425,14 @@ def _split(view: _View, contrast: Plane, config: NucleiConfig) -> tuple[Labels, 
     tops = (height == cv2.dilate(height, window)) & (height > 0)
     seeds = cv2.connectedComponents(_as_mask(tops), connectivity=8)[1]
     parts = flood(_steps(-height), cast(Labels, seeds), view.mask)
-    whole, plateau = _merge(parts, inner, contrast, view.diameter, config.neck)
-    return whole[parts], height, plateau
+    return parts, height, *_merge(parts, inner, contrast, view.diameter, config.neck)
 
 
 def _merge(parts: Labels, inner: Plane, contrast: Plane, diameter: float, neck: float) -> tuple[Labels, Sums]:
     """Join neighbouring parts, best first, whose border is nearly as wide and as bright as the parts.
 
     Returns:
-        (n + 1,) the label of each part, and the brightness of each label.
+        (n + 1,) the nucleus that each part is of, and (n + 1,) the brightness of each nucleus.
     """
     n = int(parts.max())
     area, peak, light, square = label_sums(parts, inner, contrast)
@@ -458,20 +483,27 @@ def _at_full_resolution(labels: Labels, height: Plane, clearance: Plane, shape: 
 
 
 def _trim(
-    labels: Labels, contrast: Plane, plateau: Sums, noise: float, diameter: float, config: NucleiConfig
+    parts: Labels,
+    contrast: Plane,
+    whole: Labels,
+    plateau: Sums,
+    noise: float,
+    diameter: float,
+    config: NucleiConfig,
 ) -> Labels:
-    """Cut each label at a share of its own brightness, keep its largest piece, drop what is no nucleus."""
+    """Cut each nucleus at a share of its own brightness, keep its largest piece, drop what is no nucleus."""
     level = (config.edge_level * plateau).astype(np.float32)
-    trimmed = np.where(contrast > level[labels], labels, 0)
+    trimmed = cut(parts, contrast, whole, level[whole])
     regions = find_regions(trimmed)
-    regions.paint(trimmed, np.where(_holes(regions, trimmed, _HOLE_AREA * diameter**2), regions.values(labels), 0))
+    holes = _holes(regions, trimmed, _HOLE_AREA * diameter**2)
+    regions.paint(trimmed, np.where(holes, whole[regions.values(parts)], 0).astype(np.int32))
     pieces = find_regions(trimmed)
     area, owner = pieces.areas(), pieces.values(trimmed)
     largest = np.zeros(len(plateau), np.int64)
     np.maximum.at(largest, owner, area)
     disk = np.pi / 4 * diameter**2
     nucleus = (owner > 0) & (area == largest[owner]) & (area >= max(config.min_area * disk, _LEAST_AREA))
-    kept = np.zeros(labels.shape, np.int32)
+    kept = np.zeros(parts.shape, np.int32)
     if not nucleus.any():
         return kept
     bright = plateau[owner]
@@ -492,8 +524,16 @@ def _blur(plane: Plane, sigma: float) -> Plane:
 
 
 def _local_mean(plane: Plane, side: float) -> Plane:
-    size = min(int(side) | 1, 2 * min(plane.shape) - 1)
-    return cast(Plane, cv2.blur(plane, (size, size), borderType=cv2.BORDER_REFLECT))
+    """Mean over a square window; a wide one is taken at a resolution that leaves it eight px wide, for it is smooth."""
+    factor = max(1, min(int(side / _SMOOTH_WINDOW), *plane.shape))
+    coarse = _resize(plane, (max(1, plane.shape[0] // factor), max(1, plane.shape[1] // factor)))
+    size = min(int(side / factor) | 1, 2 * min(coarse.shape) - 1)
+    return _resize(cast(Plane, cv2.blur(coarse, (size, size), borderType=cv2.BORDER_REFLECT)), plane.shape)
+
+
+def _scaled(shape: tuple[int, ...], scale: float) -> tuple[int, int]:
+    height, width = shape
+    return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def _resize(plane: Plane, shape: tuple[int, int]) -> Plane:
