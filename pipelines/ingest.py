@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -102,13 +103,22 @@ def ingest(source: str, plate_url: str, options: IngestOptions) -> Ingested:
     """
     options = _checked(options)
     source, plate_url = store.absolute(source), store.absolute(plate_url)
+    if f"{source.rstrip('/')}/".startswith(f"{plate_url.rstrip('/')}/"):
+        raise InputError(
+            f"{plate_url}: holds the images of {source}, and a plate's wells are removed before they are written; "
+            "choose another place for the plate"
+        )
     files, planes = _read_source(source, options)
     missing = missing_planes(planes, keep_z=options.z == "none")
     if options.layout.method == "pattern" and not options.allow_missing:
         _refuse_missing(missing)
     jobs = _jobs(plate_url, files, planes, options)
     writer = _Writer.open(plate_url, options.name, jobs, overwrite=options.overwrite)
-    _write_missing(plate_url, planes, missing)
+    wells = {*planes.table["well"], *planes.promised["well"]}
+    # Metadata in a part of a plate promise the wells of its other parts too, which have been written before.
+    wells -= writer.named - {job.well for job in jobs}
+    missing = missing[missing["well"].isin(wells)]
+    _write_missing(plate_url, wells, missing)
     sites = writer.write()
     if not writer.named:
         write_missing(plate_url, missing.head(0))
@@ -291,6 +301,11 @@ def _checked(options: IngestOptions) -> IngestOptions:
     axes = options.axes.upper()
     if not (axes.endswith("YX") and len(set(axes)) == len(axes) and set(axes) <= set("TCZYX")):
         raise InputError(f"--axes {options.axes!r}: expected a subset of T, C, Z and, last, YX")
+    for name, value in (("--pixel-size", options.pixel_size), ("--time-step", options.time_step)):
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(f"{name} {value}: expected a number above 0")
+    if not all(options.channels):
+        raise InputError(f"--channel-names {','.join(options.channels)!r}: a name is empty")
     return replace(options, axes=axes)
 
 
@@ -325,8 +340,8 @@ def _files(source: str) -> dict[str, tuple[str, int]]:
     found = {}
     for entry, info in fs.find(path, detail=True).items():
         below = entry[len(path) :].lstrip("/")
-        # Such as the ._ files that macOS leaves beside images, under the images' own names.
-        if below.rpartition("/")[2].startswith("."):
+        # Such as the ._ files that macOS leaves beside images, or snapshots, under the images' own names.
+        if any(part.startswith(".") for part in below.split("/")):
             continue
         found[below] = (store.join(source, below), int(info.get("size") or 0))
     return {below: found[below] for below in sorted(found, key=natural)}
@@ -362,6 +377,9 @@ def _jobs(plate_url: str, files: dict[str, tuple[str, int]], planes: Planes, opt
         options.time_step or metadata.time_step,
         metadata.z_step,
     )
+    # Without the colours and steps that images say: one that could not be read may say others once it is mended, and
+    # the wells that were written before are kept nonetheless.
+    way = repr((of_plate, options.axes, options.z, channels, options.pixel_size, options.time_step))
     jobs = []
     for well, of_well in planes.table.groupby("well", sort=False):
         rows = list(of_well[["path", "site", "time", "channel", "z"]].itertuples(index=False, name=None))
@@ -372,7 +390,7 @@ def _jobs(plate_url: str, files: dict[str, tuple[str, int]], planes: Planes, opt
                 well=str(well),
                 files=tuple((site, PlaneFile(files[path][0], *plane)) for path, site, *plane in rows),
                 how=how,
-                fingerprint=fingerprint(repr(how), rows, sizes),
+                fingerprint=fingerprint(way, rows, sizes),
             )
         )
     return jobs
@@ -411,15 +429,11 @@ def _headers(
         of_channel = of_site[of_site["channel"] == first["channel"]]
         later = of_channel[(of_channel["time"] > first["time"]) & (of_channel["z"] == first["z"])].head(1)
         above = of_channel[(of_channel["time"] == first["time"]) & (of_channel["z"] > first["z"])].head(1)
-        headers = {}
-        for path, *plane in pd.concat([channels, later, above])[["path", *PLANE]].itertuples(index=False, name=None):
-            try:
-                well, site, time, channel, z = plane
-                headers[well, site, time, channel, z] = ImageHeader.read(plane_info(files[path][0]))
-            except SchemaError:
-                continue  # its well will fail and say why
-        if headers:
-            return headers
+        chosen = pd.concat([channels, later, above])[["path", *PLANE]].itertuples(index=False, name=None)
+        try:
+            return {tuple(plane): ImageHeader.read(plane_info(files[path][0])) for path, *plane in chosen}
+        except SchemaError:
+            continue  # its well will fail and say why
     return {}
 
 
@@ -438,11 +452,10 @@ def _existing(plate_url: str, name: str | None) -> tuple[set[str], str, IngestRe
     return set(plate.well_paths), plate.name, read_record(plate_url)
 
 
-def _write_missing(plate_url: str, planes: Planes, missing: pd.DataFrame) -> None:
+def _write_missing(plate_url: str, wells: set[str], missing: pd.DataFrame) -> None:
     """Replace what the plate lists of these wells, and leave other wells' rows."""
     known = read_missing(plate_url)
-    of_source: Iterable[str] = {*planes.table["well"], *planes.promised["well"]}
-    kept = known[~known["well"].isin(of_source)]
+    kept = known[~known["well"].isin(wells)]
     listed = pd.concat([kept, missing], ignore_index=True)
     if not listed.equals(known):
         write_missing(plate_url, listed)

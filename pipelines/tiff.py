@@ -147,16 +147,19 @@ def plane_info(url: str) -> Mapping[str, Any]:
     """What a MetaMorph TIFF says of its plane; empty for others.
 
     Raises:
-        SchemaError: if it is not a TIFF file.
+        SchemaError: if it is not a TIFF image.
     """
     fs, path = store.filesystem(url)
     with _readable(url, "YX"), fs.open(path, "rb") as file, tifffile.TiffFile(file) as tif:
+        _series(url, tif)
         said = tif.metaseries_metadata or {}
         return dict(said.get("PlaneInfo", {}))
 
 
 def _series(url: str, tif: tifffile.TiffFile) -> tifffile.TiffPageSeries:
-    if len(tif.series) != 1:
+    if not tif.series:
+        raise SchemaError(url, "holds no image: was it copied whole?")
+    if len(tif.series) > 1:
         raise SchemaError(url, f"holds {len(tif.series)} images of different forms; expected one")
     series = tif.series[0]
     if "S" in series.axes:

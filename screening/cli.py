@@ -204,7 +204,7 @@ def ingest(
         layout=TypeAdapter(Layout).validate_python({"method": layout.value, **settings}),
         axes=axes,
         name=name,
-        channels=tuple(channel_names.split(",")) if channel_names else (),
+        channels=tuple(map(str.strip, channel_names.split(","))) if channel_names else (),
         pixel_size=pixel_size,
         time_step=time_step,
         overwrite=overwrite,

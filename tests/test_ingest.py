@@ -257,6 +257,25 @@ def test_unknown_axes(tmp_path: Path, rng: np.random.Generator, axes: str) -> No
     assert said == f"--axes {axes!r}: expected a subset of T, C, Z and, last, YX"
 
 
+@pytest.mark.parametrize("size", [0.0, -0.5, float("nan"), float("inf")])
+def test_sizes_that_are_none(tmp_path: Path, rng: np.random.Generator, size: float) -> None:
+    write(tmp_path / "A1.tif", image(rng, 5, 6))
+    for name in ("pixel_size", "time_step"):
+        said = refused(tmp_path, tmp_path / "p.zarr", options(WELLS, **{name: size}))
+        assert said == f"--{name.replace('_', '-')} {size}: expected a number above 0"
+
+
+def test_a_plate_is_not_written_over_its_images(tmp_path: Path, rng: np.random.Generator) -> None:
+    file = write(tmp_path / "A" / "01" / "x.tif", image(rng, 5, 6))
+    by_folder = options("(?P<row>[A-H])/(?P<column>[0-9]+)/")
+    assert "choose another place for the plate" in refused(tmp_path, tmp_path, by_folder)
+    assert "choose another place" in refused(tmp_path / "A", tmp_path, options(".*", well="A1"))
+    assert file.exists()
+    # In the folder of its images it may lie.
+    ingest(str(tmp_path), str(tmp_path / "p.zarr"), by_folder)
+    assert file.exists()
+
+
 def chained(path: Path, pixels: NDArray[Any], compression: str | None) -> None:
     """A stack whose pages are chained one after the other, as cameras write them."""
     with tifffile.TiffWriter(path) as file:
@@ -316,7 +335,11 @@ def test_a_users_mistakes_on_the_command_line(tmp_path: Path, rng: np.random.Gen
     assert (done.code, "--pattern, --well is for --layout pattern" in done.err) == (2, True)
     done = command("ingest", tmp_path, plate, "--pattern", "(?P<wel>A1)")
     assert (done.code, "did you mean 'well'?" in done.err) == (1, True)
+    done = command("ingest", tmp_path, plate, "--pattern", "(?P<well>A1)", "--channel-names", "dna,")
+    assert (done.code, "--channel-names 'dna,': a name is empty" in done.err) == (1, True)
     assert not plate.exists()
+    done = command("ingest", tmp_path, plate, "--pattern", "(?P<well>A1)", "--channel-names", " dna ")
+    assert (done.code, open_site(open_plate(str(plate)).sites("A01")["0"]).channels) == (0, ("dna",))
 
 
 # --- real files ------------------------------------------------------------------------------
@@ -428,6 +451,33 @@ def test_imagexpress_movie_goes_on_without_what_its_htd_promises(
     for t in (0, 1):
         expected = tifffile.imread(folder / f"TimePoint_{t + 1}/9987_B03_s2_w2.TIF")
         np.testing.assert_array_equal(site.read(channels=["FITC"], frames=[t])[0, 0], expected)
+
+
+def test_an_image_that_says_the_time_step_can_be_mended(tmp_path: Path, real_data: Path) -> None:
+    source, plate = tmp_path / "in", tmp_path / "p.zarr"
+    shutil.copytree(real_data / "vendor_layouts/ImageXpress/9987_Plate_3435", source)
+    file = source / "TimePoint_1" / "9987_B02_s1_w1.TIF"
+    whole = file.read_bytes()
+    damaged(file, "truncated")
+    how = IngestOptions(layout=ImageXpressLayout())
+    assert list(ingest(str(source), str(plate), how).failed) == ["B02"]
+    file.write_bytes(whole)
+    done = ingest(str(source), str(plate), how)
+    assert (done.kept, done.failed) == (("B03",), {})
+    for well in ("B02", "B03"):
+        assert open_site(open_plate(str(plate)).sites(well)["1"]).time_step is not None
+
+
+def test_a_plate_in_parts_each_with_the_metadata_of_all(tmp_path: Path, real_data: Path) -> None:
+    plate = tmp_path / "p.zarr"
+    for well, other in (("B02", "B03"), ("B03", "B02")):
+        source = tmp_path / well
+        whole = real_data / "vendor_layouts/ImageXpress/9987_Plate_3435"
+        shutil.copytree(whole, source, ignore=shutil.ignore_patterns(f"*_{other}_*"))
+        missing = ingest(str(source), str(plate), IngestOptions(layout=ImageXpressLayout())).missing
+        # Of 48 planes a well 8 are there; of the other well all are missing until it comes.
+        assert Counter(missing["well"]) == {"B02": {"B02": 40, "B03": 48}, "B03": {"B03": 40}}[well]
+    assert Counter(read_missing(str(plate))["well"]) == {"B02": 40, "B03": 40}
 
 
 def test_imagexpress_plate_of_one_image(tmp_path: Path, real_data: Path) -> None:
@@ -762,6 +812,7 @@ def test_hidden_files_are_not_looked_at(tmp_path: Path, rng: np.random.Generator
     pixels = image(rng, 5, 6)
     write(tmp_path / "P_A01_w1.TIF", pixels)
     (tmp_path / "._P_A01_w1.TIF").write_bytes(b"of macOS")
+    write(tmp_path / ".snapshot" / "P_A01_w1.TIF", image(rng, 5, 6))
     done = ingest(str(tmp_path), str(tmp_path / "p.zarr"), IngestOptions(layout=ImageXpressLayout()))
     assert done.files == {"A01": 1}
     np.testing.assert_array_equal(stored(tmp_path / "p.zarr", "A01", "1")[0, 0], pixels)
