@@ -222,7 +222,14 @@ def test_a_channel_is_expected_to_have_the_z_planes_it_has_anywhere() -> None:
     missing = missing_planes(parse([name for name in names if name != "B03_s1_t0_c1_z2.tif"], FLAT))
     assert missing.values.tolist() == [["B03", "1", 0, "1", 2, False, "without"]]
     missing = missing_planes(parse([name for name in names if name != "B03_s1_t0_c1_z2.tif"], FLAT), keep_z=True)
-    assert missing.values.tolist() == [["B03", "1", 0, "1", 2, False, "zeros"]]
+    # Kept z has a place for planes that this channel has nowhere: zeros, which a mean over z will meet.
+    assert missing.values.tolist() == [
+        ["B02", "1", 0, "2", 0, False, "zeros"],
+        ["B02", "1", 0, "2", 2, False, "zeros"],
+        ["B03", "1", 0, "1", 2, False, "zeros"],
+        ["B03", "1", 0, "2", 0, False, "zeros"],
+        ["B03", "1", 0, "2", 2, False, "zeros"],
+    ]
 
 
 # --- instruments' names ----------------------------------------------------------------------
@@ -394,6 +401,36 @@ def test_junk_metadata_is_refused_or_says_nothing(name: str, data: bytes) -> Non
     except InputError as error:
         said = str(error)
     assert not said or said.startswith(f"{name}: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.mrf", '<a TimePointCount="nan"/>', "TimePointCount is 'nan', expected a number"),
+        ("a.mrf", '<a TimePointCount="inf"/>', "TimePointCount is 'inf', expected a number"),
+        ("a.mes", '<a><ChannelList><C Ch="x"/></ChannelList></a>', "a channel's number Ch is not usable"),
+        ("a.mlf", '<?xml version="1.0" encoding="foo"?><a/>', "unknown encoding: foo"),
+        ("9987.HTD", '"' + 200_000 * "x", "field larger than field limit"),
+    ],
+)
+def test_metadata_of_the_right_form_and_of_no_sense_are_refused(name: str, text: str, said: str) -> None:
+    names = ["P_B02_s1_w1.TIF", "P_B02_T0001F001L01A01Z01C01.tif"]
+    (layout,) = [layout for layout in VENDORS if layout.documents([name])]
+    with pytest.raises(InputError, match=f"^{name}: .*{said}"):
+        parse(names, layout, {name: text.encode()})
+
+
+@pytest.mark.parametrize("size", ["0", "-1e-6", "inf", "nan", "wide"])
+def test_sizes_that_are_none_are_not_known(size: str) -> None:
+    images = "".join(
+        f"<Image><URL>r01c01f01p0{z}-ch1sk1fk1fl1.tiff</URL><ImageResolutionX>{size}</ImageResolutionX>"
+        f"<PositionZ>{size if z > 1 else 0}</PositionZ><MainEmissionWavelength>{size}</MainEmissionWavelength></Image>"
+        for z in (1, 2)
+    )
+    index = f"<a><Images>{images}</Images></a>".encode()
+    metadata = parse(["r01c01f01p01-ch1sk1fk1fl1.tiff"], PhenixLayout(), {"Index.xml": index}).metadata
+    # A stage may well go down.
+    assert metadata == Metadata({"1": Channel("1")}, z_step=1.0 if size == "-1e-6" else None)
 
 
 def test_the_command_line_knows_every_layout() -> None:

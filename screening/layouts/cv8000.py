@@ -6,6 +6,7 @@ file the channels. ``DC_`` (dark) and ``SC_`` (shading) files beside them are co
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,18 @@ from xml.etree.ElementTree import Element
 import numpy as np
 from pydantic import Field
 
-from screening.layouts.planes import Channel, Metadata, Plane, PlaneFile, Planes, beside, collect, one_plate, well_name
+from screening.layouts.planes import (
+    Channel,
+    Metadata,
+    Plane,
+    PlaneFile,
+    Planes,
+    beside,
+    collect,
+    one_plate,
+    positive,
+    well_name,
+)
 from screening.layouts.xml import children, local_attributes, parse_xml
 from storage_schemas.base import Config
 from storage_schemas.errors import InputError
@@ -92,14 +104,16 @@ class Cv8000Layout(Config):
         channels = {}
         for name, root in roots.items():
             if name.lower().endswith(".mes"):
-                channels = _channels(root)
+                channels = _channels(name, root)
         return collect(
             files,
             ignored,
             "if they are of several actions or time lines, give a folder with the files of one",
             left_out=corrections,
             promised=_promised(records, failures, time_points),
-            metadata=Metadata(channels, pixel_size, _time_step(records), _z_step(records)),
+            metadata=Metadata(
+                channels, positive(pixel_size), positive(_time_step(records)), positive(_z_step(records))
+            ),
         )
 
 
@@ -184,17 +198,20 @@ def _promised(records: list[_Record], failures: list[_Failure], time_points: int
     return planes
 
 
-def _channels(settings: Element) -> dict[str, Channel]:
+def _channels(name: str, settings: Element) -> dict[str, Channel]:
     """Channels of the .mes by number: called by dye, or filter where none is named."""
     said = [local_attributes(element) for part in children(settings, "ChannelList") for element in part]
-    names = [entry.get("Fluorophore") or entry.get("Acquisition") or entry["Ch"] for entry in said if "Ch" in entry]
-    return {
-        str(int(entry["Ch"])): Channel(
-            name if names.count(name) == 1 else f"{name} ({entry['Ch']})",
-            entry["Color"][-6:] if re.fullmatch("#[0-9A-Fa-f]{8}", entry.get("Color", "")) else None,
-        )
-        for name, entry in zip(names, (entry for entry in said if "Ch" in entry), strict=True)
-    }
+    try:
+        return {
+            str(int(entry["Ch"])): Channel(
+                entry.get("Fluorophore") or entry.get("Acquisition") or entry["Ch"],
+                entry["Color"][-6:] if re.fullmatch("#[0-9A-Fa-f]{8}", entry.get("Color", "")) else None,
+            )
+            for entry in said
+            if "Ch" in entry
+        }
+    except ValueError as error:
+        raise InputError(f"{name}: a channel's number Ch is not usable: {error}") from error
 
 
 def _time_step(records: list[_Record]) -> float | None:
@@ -210,19 +227,22 @@ def _time_step(records: list[_Record]) -> float | None:
         if first.plane[2] < last.plane[2]:
             seconds = (last.acquired - first.acquired).total_seconds()
             steps.append(seconds / (last.plane[2] - first.plane[2]))
-    return round(float(np.median(steps)), 3) or None if steps else None
+    return round(float(np.median(steps)), 3) if steps else None
 
 
 def _z_step(records: list[_Record]) -> float | None:
     """Micrometres from one z plane to the next."""
     heights = {record.plane[4]: record.z for record in records if record.plane[:4] == records[0].plane[:4]}
     low, high = min(heights, default=0), max(heights, default=0)
-    return abs(heights[high] - heights[low]) / (high - low) or None if high > low else None
+    return abs(heights[high] - heights[low]) / (high - low) if high > low else None
 
 
 def _number(name: str, element: Element, attribute: str) -> float:
     text = local_attributes(element).get(attribute, "")
     try:
-        return float(text)
-    except ValueError as error:
-        raise InputError(f"{name}: {attribute} is {text!r}, expected a number") from error
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise InputError(f"{name}: {attribute} is {text!r}, expected a number")
+    return number

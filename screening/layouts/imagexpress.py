@@ -28,6 +28,7 @@ from screening.layouts.planes import (
     collect,
     one_plate,
     plate_folder,
+    positive,
     well_name,
 )
 from storage_schemas.base import Config
@@ -130,8 +131,8 @@ class ImageHeader:
         calibrated = plane_info.get("spatial-calibration-state") and plane_info.get("spatial-calibration-units") == "um"
         acquired = plane_info.get("acquisition-time-local")
         return cls(
-            _positive(plane_info.get("spatial-calibration-x")) if calibrated else None,
-            _positive(plane_info.get("wavelength")),
+            positive(_real(plane_info.get("spatial-calibration-x"))) if calibrated else None,
+            positive(_real(plane_info.get("wavelength"))),
             acquired if isinstance(acquired, datetime) else None,
             _real(plane_info.get("z-position")),
         )
@@ -159,8 +160,8 @@ def with_headers(metadata: Metadata, headers: Mapping[Plane, ImageHeader]) -> Me
     return Metadata(
         channels,
         sizes[0] if sizes else None,
-        time_step if time_step and time_step > 0 else None,
-        round(z_step, 3) if z_step else None,
+        positive(time_step),
+        positive(z_step and round(z_step, 3)),
     )
 
 
@@ -206,8 +207,8 @@ class _Htd:
     def read(cls, name: str, data: bytes) -> _Htd:
         # Latin-1 whatever the computer's language: descriptions hold signs such as µ.
         rows = csv.reader(data.decode("latin-1").splitlines(), skipinitialspace=True)
-        entries = {row[0]: [value.strip() for value in row[1:]] for row in rows if len(row) > 1}
         try:
+            entries = {row[0]: [value.strip() for value in row[1:]] for row in rows if len(row) > 1}
             columns = int(entries["XWells"][0])
             wells = tuple(
                 well_name(str(row), str(column))
@@ -229,7 +230,7 @@ class _Htd:
             }
             zs = int(entries["ZSteps"][0]) if _true(entries["ZSeries"][0]) else 1
             return cls(wells, sites, int(entries["TimePoints"][0]), waves, zs)
-        except (KeyError, IndexError, ValueError) as error:
+        except (KeyError, IndexError, ValueError, csv.Error) as error:
             missing = f"it has no entry {error}" if isinstance(error, KeyError) else str(error)
             raise InputError(
                 f"{name}: is not a usable .HTD file: {missing}; without it names alone are read"
@@ -258,8 +259,3 @@ def _true(text: str) -> bool:
 
 def _real(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) else None
-
-
-def _positive(value: object) -> float | None:
-    number = _real(value)
-    return number if number is not None and number > 0 else None

@@ -25,6 +25,7 @@ from screening.layouts.planes import (
     collect,
     one_plate,
     plate_folder,
+    positive,
     well_name,
 )
 from screening.layouts.xml import children, local_attributes, parse_xml, texts
@@ -118,12 +119,10 @@ def _metadata(channels: Mapping[str, Mapping[str, str]], images: Mapping[Plane, 
     named: dict[str, Channel] = {}
     sizes = []
     for channel, said in channels.items():
-        emission = _real(said, "MainEmissionWavelength")
-        color = None if emission is None or emission <= 0 else wavelength_color(emission)
-        name = said.get("ChannelName", channel)
-        taken = name in {other.name for other in named.values()}
-        named[channel] = Channel(f"{name} ({channel})" if taken else name, color)
-        sizes.append(_real(said, "ImageResolutionX"))
+        emission = positive(_real(said, "MainEmissionWavelength"))
+        color = None if emission is None else wavelength_color(emission)
+        named[channel] = Channel(said.get("ChannelName", channel), color)
+        sizes.append(positive(_real(said, "ImageResolutionX")))
     # Lengths are in metres.
     metres = next((size for size in sizes if size), None)
     z_step = _step({plane: _real(said, "PositionZ") for plane, said in images.items()}, 4)
@@ -144,7 +143,7 @@ def _step(values: Mapping[Plane, float | None], axis: int) -> float | None:
             others = (*plane[:axis], *plane[axis + 1 :])
             series.setdefault(others, {})[int(plane[axis])] = value
     steps = [(of[max(of)] - of[min(of)]) / (max(of) - min(of)) for of in series.values() if len(of) > 1]
-    return abs(float(np.median(steps))) or None if steps else None
+    return positive(abs(float(np.median(steps)))) if steps else None
 
 
 def _real(said: Mapping[str, str], name: str) -> float | None:

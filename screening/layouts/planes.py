@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -144,8 +145,9 @@ def missing_planes(planes: Planes, *, keep_z: bool = False) -> pd.DataFrame:
     """The planes that should be there and are not, and what stands in the plate instead.
 
     Should be there is what the metadata promises. Where it promises nothing, every site is expected to have every
-    time and channel of the plate's :func:`grid`, and every z plane that its channel has anywhere. A frame of a channel
-    that nobody promised but that the grid has a place for is listed too, once, since zeros stand there.
+    time and channel of the plate's :func:`grid`, and every z plane that its channel has anywhere. What nobody promised
+    but the grid has a place for is listed too, since zeros stand there: a frame of a channel, once where z is
+    projected; where it is kept, every z plane.
 
     Args:
         planes: as a layout reads them.
@@ -174,7 +176,9 @@ def missing_planes(planes: Planes, *, keep_z: bool = False) -> pd.DataFrame:
         for time in of_plate.times:
             for channel in of_plate.channels:
                 frame = (*site, time, channel)
-                if frame not in frames and frame not in listed:
+                if keep_z:
+                    missing |= {(*frame, z) for z in of_plate.zs} - there
+                elif frame not in frames and frame not in listed:
                     missing.add((*frame, zs_of[channel][0]))
 
     def written(plane: Plane) -> str:
@@ -214,6 +218,11 @@ def beside(documents: Mapping[str, bytes], folder: str, inside: re.Pattern[str])
 def plate_folder(name: str, inside: re.Pattern[str]) -> str:
     """The folder of a file's plate: its own without the parts that lie ``inside`` every plate's."""
     return "/".join(part for part in name.split("/")[:-1] if not inside.fullmatch(part))
+
+
+def positive(value: float | None) -> float | None:
+    """A size or step as metadata say it, or None where they say nothing that is one: 0, say, or NaN."""
+    return value if value is not None and 0 < value < math.inf else None
 
 
 def well_name(row: str, column: str) -> str:

@@ -17,7 +17,7 @@ def parse_xml(name: str, data: bytes) -> Element:
     """
     try:
         return ElementTree.fromstring(data)
-    except ElementTree.ParseError as error:
+    except (ElementTree.ParseError, LookupError, ValueError) as error:  # the last two of its encoding
         raise InputError(f"{name}: is not readable XML ({error}); without it names alone are read") from error
 
 
