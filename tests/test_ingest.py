@@ -556,11 +556,11 @@ def test_mitoreid_fields_get_wells_and_a_plate_map(tmp_path: Path, rng: np.rando
     assert done.plate_map == str(tmp_path / "l1.plate_map.csv")
     plate_map = read_plate_map(done.plate_map)
     assert plate_map[["plate", "well", "compound", "role", "replicate"]].values.tolist() == [
-        ["l1", "A01", "dmso", "negative_control", "1"],
-        ["l1", "A02", "dmso", "negative_control", "2"],
-        ["l1", "A03", "2", "treatment", "1"],
-        ["l1", "A04", "2", "treatment", "2"],
-        ["l1", "A05", "10", "treatment", "1"],
+        ["l1", "A01", "dmso", "negative_control", "l1"],
+        ["l1", "A02", "dmso", "negative_control", "l1"],
+        ["l1", "A03", "2", "treatment", "l1"],
+        ["l1", "A04", "2", "treatment", "l1"],
+        ["l1", "A05", "10", "treatment", "l1"],
     ]
     for well, drug in zip(plate_map["well"], ("dmso", "dmso-2", "2", "2-2", "10"), strict=True):
         np.testing.assert_array_equal(stored(plate, well, "1"), pixels[drug])

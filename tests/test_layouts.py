@@ -346,21 +346,21 @@ def test_mitoreid_repeats_and_controls_are_told() -> None:
     folders = ["dmso", "dmso-2", "DMSO 3", "5", "5-2", "17-3", "co-q10", "co", "co-2", "x-9"]
     planes = parse([f"{folder}/{folder}_1_w1.tif" for folder in folders], MitoReidLayout())
     assert planes.plate_map is not None
-    told = {row.well: (row.compound, row.role, row.replicate) for row in planes.plate_map.itertuples()}
+    told = {row.well: (row.compound, row.role) for row in planes.plate_map.itertuples()}
     wells = {path.partition("/")[0]: well for path, (well, *_) in as_read(planes).items()}
     assert {folder: told[wells[folder]] for folder in folders} == {
-        "dmso": ("dmso", "negative_control", "1"),
-        "dmso-2": ("dmso", "negative_control", "2"),
-        "DMSO 3": ("dmso", "negative_control", "3"),
-        "5": ("5", "treatment", "1"),
-        "5-2": ("5", "treatment", "2"),
+        "dmso": ("dmso", "negative_control"),
+        "dmso-2": ("dmso", "negative_control"),
+        "DMSO 3": ("dmso", "negative_control"),
+        "5": ("5", "treatment"),
+        "5-2": ("5", "treatment"),
         # Drugs are numbers there, so this is a repeat though its first is not in the folder.
-        "17-3": ("17", "treatment", "3"),
-        "co-q10": ("co-q10", "treatment", "1"),
-        "co": ("co", "treatment", "1"),
-        "co-2": ("co", "treatment", "2"),
+        "17-3": ("17", "treatment"),
+        "co-q10": ("co-q10", "treatment"),
+        "co": ("co", "treatment"),
+        "co-2": ("co", "treatment"),
         # No folder x: the whole is its name.
-        "x-9": ("x-9", "treatment", "1"),
+        "x-9": ("x-9", "treatment"),
     }
 
 

@@ -17,7 +17,7 @@ from storage_schemas.base import Config
 from storage_schemas.errors import InputError
 
 _FILE = re.compile(r"(?P<drug>.+)_(?P<time>\d{1,9})_w(?P<channel>\d{1,2})\.tiff?", re.IGNORECASE | re.ASCII)
-_REPEAT = re.compile(r"(?P<drug>.+)-(?P<repeat>\d{1,3})", re.ASCII)
+_REPEAT = re.compile(r"(?P<drug>.+)-\d{1,3}", re.ASCII)
 
 # (rows, columns) of the plates made.
 _PLATES = ((8, 12), (16, 24), (32, 48))
@@ -38,8 +38,9 @@ class MitoReidLayout(Config):
         """Read drugs, times and channels from names, and lay the drugs out on a plate.
 
         Folders get the wells of the smallest plate that holds them, row by row in natural order. ``X-2`` is a repeat
-        of ``X`` if there is a folder ``X`` or X is a number, as drugs are called there; ``dmso``, whatever number
-        follows it, is the negative control.
+        of ``X`` if there is a folder ``X`` or X is a number, as drugs are called there: another well of the same
+        compound, in the same replicate, which is the plate. ``dmso``, whatever number follows it, is the negative
+        control.
 
         Args:
             names: image paths below the source folder, parts joined by ``/``.
@@ -69,20 +70,19 @@ class MitoReidLayout(Config):
         ]
         plate_map = pd.DataFrame(
             [(wells[folder], *_compound(folder, set(folders))) for folder in folders],
-            columns=["well", "compound", "role", "replicate"],
+            columns=["well", "compound", "role"],
         )
         return collect(files, ignored, "keep one of them", plate_map=plate_map)
 
 
-def _compound(folder: str, folders: set[str]) -> tuple[str, str, str]:
-    """(compound, role, replicate) of a folder."""
-    control = re.fullmatch(rf"{CONTROL}[-_ ]?(\d*)", folder, re.IGNORECASE | re.ASCII)
-    if control is not None:
-        return CONTROL, "negative_control", str(int(control[1] or 1))
+def _compound(folder: str, folders: set[str]) -> tuple[str, str]:
+    """(compound, role) of a folder."""
+    if re.fullmatch(rf"{CONTROL}[-_ ]?\d*", folder, re.IGNORECASE | re.ASCII):
+        return CONTROL, "negative_control"
     match = _REPEAT.fullmatch(folder)
     if match is not None and (match["drug"] in folders or match["drug"].isdecimal()):
-        return match["drug"], "treatment", str(int(match["repeat"]))
-    return folder, "treatment", "1"
+        return match["drug"], "treatment"
+    return folder, "treatment"
 
 
 def _wells(count: int) -> list[str]:

@@ -66,7 +66,7 @@ class Planes:
         left_out: a row a file that is known and not a plane: ``path``, ``well`` (or empty), ``reason``.
         promised: a row a plane that the metadata promises: well, site, time, channel, z; empty where it says nothing.
         metadata: what else it says.
-        plate_map: a row a well whose compound the names say: well, compound, role, replicate; or None.
+        plate_map: a row a well whose compound the names say: well, compound, role; or None.
     """
 
     table: pd.DataFrame
