@@ -28,7 +28,7 @@ from screening.regions import watershed as flood
 from storage_schemas.base import Config
 from storage_schemas.errors import InputError
 
-_CAMERA_DTYPES = (np.uint8, np.uint16)
+_FLOAT32_HOLDS = (np.uint8, np.uint16, np.float32)
 
 # A threshold put through pure noise leaves parts 3 times as bright as the spread of what is below it, through smooth
 # shading mostly 4; fields of nuclei measured from 6 (dense tissue) to 430.
@@ -40,8 +40,8 @@ _LEAST_AREA = 9
 # Larger nuclei are reduced to this diameter in px to be found: from 16 on the scores hardly depend on it. Nuclei of
 # less than half of it are doubled first, or the necks between them are lost in the grid of pixels.
 _WORKING_DIAMETER = 24.0
-# Cells are grown at the resolution that makes their nuclei this wide, px.
-_GROWING_DIAMETER = 12.0
+# Cells are shared out between nuclei at a whole fraction of the resolution that leaves these at least so wide, px.
+_GROWING_DIAMETER = 7.0
 # Windows wider than this, px, are taken of a reduced image.
 _SMOOTH_WINDOW = 8
 # A hole of less than half a nucleus is closed, a larger one is what several nuclei enclose.
@@ -112,9 +112,39 @@ def segment_nuclei(image: npt.NDArray[Any], config: NucleiConfig = NucleiConfig(
     Raises:
         InputError: the image is not two-dimensional and real, or holds NaN or infinite values.
     """
+    return _segment(image, config)[0]
+
+
+def segment_movie(movie: npt.NDArray[Any], config: NucleiConfig = NucleiConfig()) -> Labels:  # noqa: B008
+    """Label the nuclei of each frame of a movie by one diameter, where :func:`segment_nuclei` measures each anew.
+
+    It is measured in the middle frame, or, where that shows no nuclei, in the first or the last.
+
+    Args:
+        movie: (T, H, W), any real dtype, nuclei bright on dark.
+        config: how they are found.
+
+    Returns:
+        (T, H, W) int32 labels, 0 background, 1..n without gaps in every frame.
+
+    Raises:
+        InputError: as for :func:`segment_nuclei`.
+    """
+    if config.diameter is None:
+        for t in (len(movie) // 2, 0, len(movie) - 1):
+            labels, diameter = _segment(movie[t], config)
+            if labels.any():
+                config = config.model_copy(update={"diameter": diameter})
+                break
+    return np.stack([segment_nuclei(plane, config) for plane in movie])
+
+
+def _segment(image: npt.NDArray[Any], config: NucleiConfig) -> tuple[Labels, float]:
+    """Labels of an image, and the nucleus diameter (px) that they were found by."""
+    nothing = np.zeros(image.shape, np.int32), 0.0
     plane = _unit_range(image, "the nucleus image")
     if plane is None:
-        return np.zeros(image.shape, np.int32)
+        return nothing
     plane = _without_glare(plane)
     plane = plane - _shading(plane)
     # Where the histogram is all noise or haze, Otsu's threshold splits that, and the parts are refused; then only
@@ -122,10 +152,11 @@ def segment_nuclei(image: npt.NDArray[Any], config: NucleiConfig = NucleiConfig(
     for sparse in (False, True):
         if sparse:
             plane = plane - _haze(plane)
-        labels = _find_nuclei(plane, config, sparse)
+        view = _look(plane, config, sparse)
+        labels = _find_nuclei(plane, view, config)
         if labels.any():
-            return labels
-    return np.zeros(image.shape, np.int32)
+            return labels, view.diameter / view.scale
+    return nothing
 
 
 def segment_cells(
@@ -161,31 +192,32 @@ def segment_cells(
         return _expand(markers, _as_mask(markers == 0), config.expansion * diameter)
     if plane is None:
         return markers
-    scale = min(1.0, _GROWING_DIAMETER / diameter)
-    cells = _grow(plane, markers, diameter, scale, config)
-    return np.where(markers > 0, markers, cells)
+    levels = _compress(_blur(plane, config.smoothing), config.dim_weight)
+    bright = levels > _otsu(levels)
+    factor = max(1, int(diameter / _GROWING_DIAMETER))
+    if factor == 1:
+        return _grow(levels, bright, markers, diameter, config)[0]
+    # Whose cytoplasm it is needs less resolution than where it ends.
+    coarse = _scaled(plane.shape, 1 / factor)
+    seeds = cast(Labels, cv2.resize(markers, coarse[::-1], interpolation=cv2.INTER_NEAREST))
+    share = cv2.resize(_as_mask(bright) * np.uint8(255), coarse[::-1], interpolation=cv2.INTER_AREA)
+    cells, dark = _grow(_resize(levels, coarse), share >= 128, seeds, diameter / factor, config)
+    whole, near = (cv2.resize(x, plane.shape[::-1], interpolation=cv2.INTER_NEAREST) for x in (cells, dark))
+    whole[~bright & (near == 0)] = 0
+    np.copyto(whole, markers, where=markers > 0)
+    return cast(Labels, whole)
 
 
-def _grow(plane: Plane, nuclei: Labels, diameter: float, scale: float, config: CellsConfig) -> Labels:
-    """Cells grown at ``scale`` px per px of the image and brought back to it, their outlines drawn between pixels."""
-    small = _resize(plane, _scaled(plane.shape, scale))
-    markers = cast(Labels, cv2.resize(nuclei, small.shape[::-1], interpolation=cv2.INTER_NEAREST))
-    here = diameter * scale
-    # Averaging over the px of the image has blurred it already.
-    blur = max(0.0, config.smoothing**2 - (scale**-2 - 1) / 12) ** 0.5 * scale
-    levels = _compress(_blur(small, blur), config.dim_weight)
-    distance = cast(Plane, cv2.distanceTransform(_as_mask(markers == 0), cv2.DIST_L2, 5))
+def _grow(levels: Plane, bright: Flags, nuclei: Labels, diameter: float, config: CellsConfig) -> tuple[Labels, Mask]:
+    """Cells, and where they are not bright: in holes, and in the rim around nuclei."""
+    distance = cast(Plane, cv2.distanceTransform(_as_mask(nuclei == 0), cv2.DIST_L2, 5))
     # The rim is always cell: organelles often leave a dark gap around the nucleus that would cut them off.
-    mask = _as_mask((levels > _otsu(levels)) | (distance <= config.rim * here))
-    _fill_holes(mask, _HOLE_AREA * here**2)
-    mask &= distance <= config.max_distance * here
+    mask = _as_mask(bright | (distance <= config.rim * diameter))
+    _fill_holes(mask, _HOLE_AREA * diameter**2)
+    mask &= distance <= config.max_distance * diameter
     pull = config.brightness_weight / float(levels.max())
-    cells = flood(_steps(distance / np.float32(here) - np.float32(pull) * levels), markers, mask)
-    if small.shape == plane.shape:
-        return cells
-    whole = cast(Labels, cv2.resize(cells, plane.shape[::-1], interpolation=cv2.INTER_NEAREST))
-    whole[cv2.resize(255 * mask, plane.shape[::-1], interpolation=cv2.INTER_LINEAR) < 128] = 0
-    return whole
+    landscape = distance / np.float32(diameter) - np.float32(pull) * levels
+    return flood(_steps(landscape), nuclei, mask), mask & ~_as_mask(bright)
 
 
 def _expand(nuclei: Labels, outside: Mask, reach: float) -> Labels:
@@ -209,9 +241,9 @@ def _unit_range(image: npt.NDArray[Any], name: str) -> Plane | None:
     low, high = float(image.min()), float(image.max())
     if high == low:
         return None
-    if image.dtype in _CAMERA_DTYPES:
+    if image.dtype in _FLOAT32_HOLDS and 1e-30 < high - low < 1e30:
         return (image.astype(np.float32) - np.float32(low)) * np.float32(1 / (high - low))
-    # Float32 could not hold a small range on a large offset.
+    # Others may be a small range on an offset so large that float32 knows but one value there.
     return ((image.astype(np.float64) - low) / (high - low)).astype(np.float32)
 
 
@@ -233,8 +265,7 @@ class _View(NamedTuple):
     mask: Mask
 
 
-def _find_nuclei(plane: Plane, config: NucleiConfig, sparse: bool) -> Labels:
-    view = _look(plane, config, sparse)
+def _find_nuclei(plane: Plane, view: _View, config: NucleiConfig) -> Labels:
     if view.mask.all() or not view.mask.any():
         return np.zeros(plane.shape, np.int32)
     excess = view.smooth - _background(view)
@@ -378,9 +409,8 @@ def _shading(plane: Plane) -> Plane:
 
     Asymmetric least squares: a point above the surface weighs 2 %, so nuclei hardly lift it.
     """
-    height, width = plane.shape
-    rows, columns = min(48, height), min(48, width)
-    coarse = cv2.resize(plane, (columns, rows), interpolation=cv2.INTER_AREA)
+    coarse = _reduced(plane, min(plane.shape) / 48)
+    rows, columns = coarse.shape
     y, x = (axis.ravel() for axis in np.meshgrid(np.linspace(-1, 1, rows), np.linspace(-1, 1, columns), indexing="ij"))
     terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y])
     values = coarse.ravel().astype(np.float64)
@@ -525,10 +555,14 @@ def _blur(plane: Plane, sigma: float) -> Plane:
 
 def _local_mean(plane: Plane, side: float) -> Plane:
     """Mean over a square window; a wide one is taken at a resolution that leaves it eight px wide, for it is smooth."""
-    factor = max(1, min(int(side / _SMOOTH_WINDOW), *plane.shape))
-    coarse = _resize(plane, (max(1, plane.shape[0] // factor), max(1, plane.shape[1] // factor)))
-    size = min(int(side / factor) | 1, 2 * min(coarse.shape) - 1)
+    coarse = _reduced(plane, side / _SMOOTH_WINDOW)
+    size = min(int(side * len(coarse) / len(plane)) | 1, 2 * min(coarse.shape) - 1)
     return _resize(cast(Plane, cv2.blur(coarse, (size, size), borderType=cv2.BORDER_REFLECT)), plane.shape)
+
+
+def _reduced(plane: Plane, factor: float) -> Plane:
+    """The plane reduced by the power of two that is nearest below a factor: averaging whole pixels is fastest."""
+    return _resize(plane, _scaled(plane.shape, 0.5 ** max(0, int(np.log2(max(factor, 1))))))
 
 
 def _scaled(shape: tuple[int, ...], scale: float) -> tuple[int, int]:

@@ -160,7 +160,7 @@ def process_site(
     corrected = correct(stack, calibration)
 
     stained = _filled(corrected[:, nucleus])
-    nuclei = np.stack([_find_nuclei(plane, config.nuclei) for plane in stained])
+    nuclei = _find_nuclei(stained, config.nuclei)
     n_nuclei = nuclei.max(axis=(1, 2))  # they are numbered from 1 without gaps
     tracked = tracking.track(nuclei, config.tracking, stained)
     nuclei, parents = tracked.labels, tracked.parents
@@ -203,10 +203,10 @@ def process_site(
     )
 
 
-def _find_nuclei(plane: npt.NDArray[np.float32], config: NucleiConfig | CellposeConfig) -> npt.NDArray[np.int32]:
+def _find_nuclei(movie: npt.NDArray[np.float32], config: NucleiConfig | CellposeConfig) -> npt.NDArray[np.int32]:
     if isinstance(config, CellposeConfig):
-        return cellpose_model.segment_nuclei(plane, config)
-    return segmentation.segment_nuclei(plane, config)
+        return np.stack([cellpose_model.segment_nuclei(plane, config) for plane in movie])
+    return segmentation.segment_movie(movie, config)
 
 
 def _find_cells(
