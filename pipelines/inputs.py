@@ -102,10 +102,12 @@ def open_inputs(config: InputsConfig) -> Inputs:
 def _open_lender(url: str) -> Screen:
     """The screen whose cells are taken; it may itself have taken them from another."""
     screen = Screen.open(url)
-    record = screen.read_manifest().stages.get("segment")
+    # What a taker's own manifest says of them may be of yesterday.
+    owner = screen.segmented or screen
+    record = owner.read_manifest().stages.get("segment")
     if record is None or not record.done:
         raise InputError(
-            f"inputs.cells: {url}: its stage 'segment' (or the import of its cells) is not done: finish it"
+            f"inputs.cells: {owner.url}: its stage 'segment' (or the import of its cells) is not done: finish it"
         )
     return screen
 

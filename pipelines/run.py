@@ -78,8 +78,8 @@ def run(
         InputError: whatever the user can mend.
     """
     url = store.absolute(out)
-    _check_folder(config, url)
     inputs = open_inputs(config.inputs)
+    _check_folder(config, inputs, url)
     screen = Screen(url, inputs.cells)
     _check_settings(config, inputs)
     previous = _previous(screen, config, inputs, update)
@@ -116,10 +116,11 @@ def is_done(config: RunConfig, out: str, stages: Sequence[Stage]) -> bool:
     )
 
 
-def _check_folder(config: RunConfig, url: str) -> None:
+def _check_folder(config: RunConfig, inputs: Inputs, url: str) -> None:
     if names := Screen(url).foreign_names():
         raise ConfigError(f"{url}: holds {names[:5]} but no screen; choose a new or empty folder for --out")
-    if config.inputs.cells is not None and store.absolute(config.inputs.cells) == url:
+    # They may lie in this folder though another is named that has taken them from here.
+    if inputs.cells is not None and url in (inputs.cells.url, store.absolute(str(config.inputs.cells))):
         raise ConfigError(f"{url}: is the screen whose cells are taken (inputs.cells); choose another folder for --out")
 
 

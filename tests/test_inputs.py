@@ -222,6 +222,16 @@ def lender(folder: Path) -> Screen:
     return screen
 
 
+@pytest.fixture
+def taker(folder: Path, lender: Screen) -> Screen:
+    """A screen that has taken the lender's cells."""
+    taker = Screen(str(folder / "taker"))
+    taker.write_manifest(lender.read_manifest().model_copy(update={"cells": lender.url}))
+    for url, form in (("plate_map", PLATE_MAP), ("compounds", COMPOUNDS)):
+        write_table(getattr(taker, url), open_table(getattr(lender, url), form), form)
+    return taker
+
+
 def test_cells_come_with_their_tables(lender: Screen) -> None:
     inputs = open_inputs(InputsConfig(cells=lender.url))
     assert (inputs.cells, inputs.plates, inputs.notes) == (lender, {}, ())
@@ -246,14 +256,24 @@ def test_cells_can_be_told_apart_by_other_tables(folder: Path, lender: Screen) -
     assert len(inputs.notes) == 3
 
 
-def test_cells_that_were_taken_are_taken_from_where_they_lie(folder: Path, lender: Screen) -> None:
-    taker = Screen(str(folder / "taker"))
-    taker.write_manifest(lender.read_manifest().model_copy(update={"cells": lender.url}))
-    for url, form in (("plate_map", PLATE_MAP), ("compounds", COMPOUNDS)):
-        write_table(getattr(taker, url), open_table(getattr(lender, url), form), form)
+def test_cells_that_were_taken_are_taken_from_where_they_lie(lender: Screen, taker: Screen) -> None:
     inputs = open_inputs(InputsConfig(cells=taker.url))
     assert inputs.cells == lender
     assert inputs.plate_map_url == taker.plate_map
+    # Whether they are done is theirs to say, not the taker's.
+    undone = StageRecord(fingerprint="new", counts={"wells": 2})
+    lender.write_manifest(lender.read_manifest().model_copy(update={"stages": {"segment": undone}}))
+    with pytest.raises(InputError, match=re.escape(f"{lender.url}: its stage 'segment'") + ".* is not done"):
+        open_inputs(InputsConfig(cells=taker.url))
+
+
+def test_cells_are_not_taken_back_through_another_screen(lender: Screen, taker: Screen) -> None:
+    before = lender.read_manifest()
+    config = parse({"inputs": {"cells": taker.url}, "segment": None}, "test")
+    for out in (lender.url, taker.url):
+        with pytest.raises(ConfigError, match=f"^{out}: is the screen whose cells are taken"):
+            run(config, out, (), update=True)
+    assert lender.read_manifest() == before
 
 
 def test_cells_that_are_not_there(folder: Path, lender: Screen) -> None:
