@@ -135,7 +135,8 @@ def measure(stack: npt.NDArray[Any]) -> pd.DataFrame:
     """
     ceilings = []
     for channel in range(stack.shape[1]):
-        top = max(float(np.fmax.reduce(plane, axis=None)) for plane in stack[:, channel])
+        # A lost plane has no highest value, which must not hide the others'.
+        top = np.fmax.reduce([float(np.fmax.reduce(plane, axis=None)) for plane in stack[:, channel]])
         ceilings.append(top if top in _CAMERA_CEILINGS else np.inf)
     rows = [
         (frame, channel, *_measure_plane(stack[frame, channel], ceilings[channel]))

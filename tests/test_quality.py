@@ -112,6 +112,14 @@ def test_flags_saturation_at_a_camera_ceiling() -> None:
     assert SATURATED in reasons(judge(stack), 6)[0]
 
 
+@pytest.mark.parametrize("lost", [0, 11])
+def test_a_lost_frame_does_not_hide_saturation(lost: int) -> None:
+    stack = movie().astype(np.float32)
+    stack[6, 0, :60] = 4095
+    stack[lost] = np.nan
+    assert quality.measure(stack).query("frame == 6 and channel == 0")["saturated"].item() == 60 / 96
+
+
 def test_the_highest_value_of_a_movie_is_not_saturation() -> None:
     stack = movie()
     stack[6, 0, :60] = 4000
