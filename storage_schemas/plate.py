@@ -29,7 +29,9 @@ _SECONDS = {"second": 1.0, "millisecond": 1e-3, "minute": 60.0, "hour": 3600.0, 
 _MICROMETRES = {"micrometer": 1.0, "nanometer": 1e-3, "millimeter": 1e3, "angstrom": 1e-4}
 _COLORS = ("0000FF", "00FF00", "FF0000", "FFFF00", "FF00FF", "00FFFF", "FFFFFF")
 _NOTES = "screening"  # beside NGFF's own key
-_SAMPLED = slice(None, None, 4)  # of each row and column, for the display range
+_SAMPLED = (
+    128  # px along the shorter side of each plane, for the display range: they are held until the site is written
+)
 
 
 class Frames(Protocol):
@@ -188,16 +190,18 @@ def open_site(url: str) -> SiteImage:
         dataset = scales[0]["datasets"][0]
         level_url = store.join(url, str(dataset["path"]))
         scale = _scale(dataset, len(axes))
-    except (KeyError, TypeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError) as error:
         raise SchemaError(url, f"its 'multiscales' metadata is incomplete: {error!r}") from error
     if not re.fullmatch("t?c?z?yx", axes):
         raise SchemaError(url, f"has axes {axes!r}; expected t, c, z, y, x in this order")
     array = arrays.open_array(level_url)
     if array.ndim != len(axes):
         raise SchemaError(level_url, f"has {array.ndim} dimensions for the axes {axes!r}")
+    if len(scale) != len(axes):
+        raise SchemaError(url, f"has a scale of {len(scale)} numbers for the axes {axes!r}")
+    steps = dict(zip(axes, scale, strict=True))
     n_channels = array.shape[axes.index("c")] if "c" in axes else 1
     units = {str(entry["name"]): str(entry.get("unit", "")) for entry in axis_entries}
-    steps = dict(zip(axes, scale, strict=True))
     return SiteImage(
         url,
         axes,
@@ -405,10 +409,11 @@ def _write_image(url: str, stack: Frames, channels: Sequence[str], colors: Seque
         )
         for number, shape in enumerate(shapes)
     ]
+    sampled = slice(None, None, max(1, min(stack.shape[-2:]) // _SAMPLED))
     samples = []
     for frame in range(stack.shape[0]):
         block = np.asarray(stack[frame])
-        samples.append(block[..., _SAMPLED, _SAMPLED].copy())
+        samples.append(block[..., sampled, sampled].copy())
         for number, level in enumerate(levels):
             block = _halved(block) if number else block
             level[frame] = block

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import threading
+import tracemalloc
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -197,6 +198,31 @@ def test_only_finite_pixels_make_the_display_range(tmp_path: Path) -> None:
     document = json.loads((tmp_path / "A/01/0/zarr.json").read_text())["attributes"]["ome"]
     windows = [channel["window"] for channel in document["omero"]["channels"]]
     assert windows == [{"min": 5, "start": 5, "end": 6, "max": 6}, {"min": 0, "start": 0, "end": 1, "max": 1}]
+
+
+class Watched:
+    """Frames that note how much memory is held each time that one is asked for."""
+
+    shape = (16, 1, 1024, 1024)
+    dtype = np.dtype("u2")
+
+    def __init__(self) -> None:
+        self.held: list[int] = []
+
+    def __getitem__(self, frame: int) -> NDArray[Any]:
+        self.held.append(tracemalloc.get_traced_memory()[0])
+        return np.zeros(self.shape[1:], self.dtype)
+
+
+def test_a_movie_is_not_held_while_it_is_written(tmp_path: Path) -> None:
+    movie = Watched()
+    tracemalloc.start()
+    try:
+        create_well(str(tmp_path), "A01", {"0": movie}, ["a"])
+    finally:
+        tracemalloc.stop()
+    # From frame to frame no more is kept than a fiftieth of one.
+    assert movie.held[-1] - movie.held[1] < 14 * 1024 * 1024 * 2 / 50
 
 
 class Failing:
@@ -424,6 +450,11 @@ def test_channel_labels_are_taken_from_omero(tmp_path: Path) -> None:
             open_site(str(tmp_path))
 
 
+def scaled(*scale: object) -> dict[str, Any]:
+    """A level whose axes have a scale."""
+    return {"path": "0", "coordinateTransformations": [{"type": "scale", "scale": list(scale)}]}
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
@@ -432,6 +463,8 @@ def test_channel_labels_are_taken_from_omero(tmp_path: Path) -> None:
         ({"axes": [{"type": "space"}, {"type": "space"}]}, "incomplete"),
         ({"datasets": []}, "incomplete"),
         ({"datasets": [{}]}, "incomplete"),
+        ({"datasets": [scaled(1.0)]}, "a scale of 1 numbers for the axes 'yx'"),
+        ({"datasets": [scaled("wide", 1.0)]}, "incomplete"),
         ({"datasets": [{"path": "7"}]}, "/7: is not a readable Zarr array"),
     ],
 )
