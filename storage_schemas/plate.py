@@ -29,9 +29,8 @@ _SECONDS = {"second": 1.0, "millisecond": 1e-3, "minute": 60.0, "hour": 3600.0, 
 _MICROMETRES = {"micrometer": 1.0, "nanometer": 1e-3, "millimeter": 1e3, "angstrom": 1e-4}
 _COLORS = ("0000FF", "00FF00", "FF0000", "FFFF00", "FF00FF", "00FFFF", "FFFFFF")
 _NOTES = "screening"  # beside NGFF's own key
-_SAMPLED = (
-    128  # px along the shorter side of each plane, for the display range: they are held until the site is written
-)
+# Of each plane's shorter side, for the display range; all are held until the site is written.
+_SAMPLED = 128  # px
 
 
 class Frames(Protocol):
