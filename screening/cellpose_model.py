@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import AfterValidator, Field
 from scipy.ndimage import distance_transform_edt, find_objects
+from skimage.segmentation import relabel_sequential
 
 from storage_schemas.base import Config
 from storage_schemas.errors import InputError
@@ -103,7 +104,8 @@ def _find(planes: list[npt.NDArray[Any]], config: CellposeConfig) -> Labels:
         flow_threshold=config.flow_threshold,
         cellprob_threshold=config.cellprob_threshold,
     )
-    return np.asarray(masks, np.int32)
+    # Numbers are missing where the library has filled a hole in which another object lay.
+    return np.asarray(relabel_sequential(masks)[0], np.int32)  # type: ignore[no-untyped-call]
 
 
 @lru_cache(maxsize=2)  # one for nuclei and one for cells

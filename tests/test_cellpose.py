@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import dask.array
@@ -140,6 +141,17 @@ def test_an_image_without_contrast_has_no_nuclei(model: str) -> None:
 def test_pixels_that_are_no_numbers_are_refused(model: str) -> None:
     with pytest.raises(InputError, match="NaN"):
         segment_nuclei(np.full((64, 64), np.nan, np.float32), CellposeConfig(model=model))
+
+
+def test_objects_are_numbered_without_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library leaves a gap where it fills the hole of a ring over the object in it."""
+    masks = np.zeros((8, 8), np.uint16)
+    masks[1:3], masks[5:7] = 2, 5
+    network = SimpleNamespace(eval=lambda *_, **__: (masks, None, None))
+    monkeypatch.setattr(cellpose_model, "_network", lambda _: network)
+    labels = segment_nuclei(np.eye(8), CellposeConfig(model="/model"))
+    assert labels.dtype == np.int32
+    np.testing.assert_array_equal(labels, np.where(masks == 5, 2, np.where(masks == 2, 1, 0)))
 
 
 def test_cells_have_the_ids_of_their_nuclei_and_contain_them(model: str) -> None:
