@@ -59,7 +59,7 @@ def our_clips(stack: npt.NDArray[Any], cells: Labels, tracks: features.Tracks, c
     bad = np.zeros(len(stack), bool)
     chosen = clips.select(tracks, frames, bad, stack.shape[2:], CONFIG)
     kept = chosen.loc[chosen["excluded"] == clips.KEPT, "track"].to_numpy()
-    ranges = clips.intensity_ranges(stack, cells, tracks, kept, frames, bad, calibration, CONFIG)
+    ranges = clips.intensity_ranges(stack, cells, tracks, kept, frames, bad, calibration.low, calibration.high, CONFIG)
     return clips.cut(stack, cells, tracks, kept, frames, bad, ranges.low, ranges.high, CONFIG)
 
 

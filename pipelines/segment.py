@@ -20,7 +20,7 @@ import ray
 
 from pipelines.inputs import Inputs
 from pipelines.units import Counts, StageError, Work, run_units
-from screening.clips import PlateScaling, choose_frames
+from screening.clips import FixedScaling, PlateScaling, choose_frames
 from screening.illumination import Calibration, calibrate
 from screening.quality import PlateQuality, flags_of_frames
 from screening.site import SegmentConfig, Site, SiteError, SiteForm, check_form, process_site
@@ -232,6 +232,8 @@ def _check_forms(config: SegmentConfig, inputs: Inputs, forms: Mapping[str, Site
             )
         try:
             choose_frames(form.shape[0], config.clips)
+            if isinstance(config.clips.scaling, FixedScaling):
+                config.clips.scaling.ends(len(named.clips or form.channels))
         except InputError as error:
             raise InputError(f"{url}: {error}") from error
         if named.clips is None and form.channels != forms[first].channels:
@@ -265,10 +267,11 @@ def _calibrate_plates(config: RunConfig, inputs: Inputs, screen: Screen, forms: 
 
 
 def _calibrate_plate(config: SegmentConfig, plate: Plate, wells: list[str], form: SiteForm, screen: Screen) -> None:
+    cv2.setNumThreads(1)  # as in segment_well: plates are calibrated side by side
     scaling = config.clips.scaling
     percentiles = (scaling.low, scaling.high) if isinstance(scaling, PlateScaling) else (1.0, 99.8)
     try:
-        # One thread: plates are calibrated side by side, and each holds one frame at a time.
+        # One thread here too: a plate holds one frame at a time.
         with dask.config.set(scheduler="synchronous"):
             found = calibrate(_sample(config, plate, wells, form), config.illumination, percentiles)
     except InputError:

@@ -20,7 +20,6 @@ import pandas as pd
 from pydantic import Field, model_validator
 
 from screening.features import Tracks
-from screening.illumination import Calibration
 from storage_schemas.base import Config
 from storage_schemas.clips import WHITE, Clips, ClipType, Ranges
 from storage_schemas.errors import InputError
@@ -83,8 +82,35 @@ class FixedScaling(Config):
     """The same range for every plate."""
 
     method: Literal["fixed"] = Field("fixed", description="one range for all plates")
-    low: tuple[float, ...] = Field((0.0,), description="black, image units; one for all channels or one each")
-    high: tuple[float, ...] = Field((65535.0,), description="white, image units; one for all channels or one each")
+    low: tuple[float, ...] = Field(
+        (0.0,), min_length=1, description="black, image units; one for all channels of the clips or one each"
+    )
+    high: tuple[float, ...] = Field(
+        (65535.0,), min_length=1, description="white, image units; one for all channels of the clips or one each"
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if len(self.low) != len(self.high) and 1 not in (len(self.low), len(self.high)):
+            raise ValueError(f"low has {len(self.low)} values and high {len(self.high)}: give 1 or as many")
+        if not np.all(np.array(self.low) < np.array(self.high)):
+            raise ValueError("low must be below high in each channel")
+        return self
+
+    def ends(self, n_channels: int) -> tuple[FloatArray, FloatArray]:
+        """Black and white of each channel, (C,) each.
+
+        Raises:
+            InputError: if there are values for another number of channels.
+        """
+        for name, values in (("low", self.low), ("high", self.high)):
+            if len(values) not in (1, n_channels):
+                raise InputError(
+                    f"segment.clips.scaling.{name} has {len(values)} values for the {n_channels} channels of the "
+                    f"clips: give 1 or {n_channels}"
+                )
+        low, high = (np.broadcast_to(np.array(values, np.float32), n_channels) for values in (self.low, self.high))
+        return low, high
 
 
 class CellScaling(_Percentiles):
@@ -200,32 +226,31 @@ def intensity_ranges(
     ids: npt.NDArray[np.integer[Any]],
     frames: Frames,
     bad: BoolArray,
-    calibration: Calibration,
+    low: FloatArray,
+    high: FloatArray,
     config: ClipsConfig,
 ) -> Ranges:
     """What becomes black and white in each channel of the clips of some tracks.
 
     Args:
-        stack: (T, C, H, W), the corrected site.
+        stack: (T, C, H, W), the corrected site, with the channels of the clips.
         cells: (T, H, W) int32, pixels of track i have value i.
         tracks: of the site.
         ids: (N,) tracks, as for :func:`cut`.
         frames: (F,) of :func:`choose_frames`.
         bad: (T,) bool, frames not fit to be shown.
-        calibration: of its plate, estimated with the percentiles of the :class:`PlateScaling`.
+        low: (C,) black of the plate, for the :class:`PlateScaling`, at whose percentile it is.
+        high: (C,) white of the plate, likewise.
         config: the rules.
 
     Raises:
-        InputError: if a fixed scaling has values for another number of channels, or black not
-            below white.
+        InputError: if a fixed scaling has values for another number of channels.
     """
     match config.scaling:
-        case PlateScaling():
-            low, high = calibration.low, calibration.high
         case SiteScaling() as scaling:
             low, high = np.array([_percentiles(plane, scaling) for plane in stack.swapaxes(0, 1)], np.float32).T
         case FixedScaling() as scaling:
-            low, high = _fixed_range(scaling, stack.shape[1])
+            low, high = scaling.ends(stack.shape[1])
         case CellScaling() as scaling:
             return _cell_ranges(stack, cells, ids, _sources(tracks, frames, bad, config), tracks, scaling)
     shape = len(ids), stack.shape[1]
@@ -239,19 +264,6 @@ def _percentiles(planes: npt.NDArray[Any], scaling: _Percentiles) -> FloatArray:
     finite = pixels[np.isfinite(pixels)]
     ends = np.percentile(finite, (scaling.low, scaling.high)) if finite.size else np.zeros(2)
     return np.asarray(ends, np.float32)
-
-
-def _fixed_range(scaling: FixedScaling, n_channels: int) -> tuple[FloatArray, FloatArray]:
-    for name, values in (("low", scaling.low), ("high", scaling.high)):
-        if len(values) not in (1, n_channels):
-            raise InputError(
-                f"clips.scaling.{name} has {len(values)} values for {n_channels} channels: give 1 or {n_channels}"
-            )
-    low = np.broadcast_to(np.array(scaling.low, np.float32), n_channels)
-    high = np.broadcast_to(np.array(scaling.high, np.float32), n_channels)
-    if (low >= high).any():
-        raise InputError("clips.scaling.low must be below clips.scaling.high in each channel")
-    return low, high
 
 
 def _cell_ranges(

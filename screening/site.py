@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from screening import cellpose_model, clips, features, network, quality, segmentation, tracking
 from screening.cellpose_model import CellposeConfig
@@ -63,6 +63,12 @@ class SegmentConfig(Config):
     clips: ClipsConfig = Field(ClipsConfig(), description="single-cell clips")
     labels: bool = Field(True, description="write labels beside the plates' images (NGFF image-labels) for viewers")
 
+    @model_validator(mode="after")
+    def _networks_see_cells(self) -> Self:
+        if isinstance(self.cells, CellposeConfig) and self.channels.cytoplasm is None:
+            raise ValueError("cells.method cellpose needs an image of the cells: set channels.cytoplasm")
+        return self
+
 
 # Why a site is left out, in words that failures are counted by.
 Fault = Literal["channels", "frames", "shape", "blank"]
@@ -81,11 +87,10 @@ class SiteError(InputError):
     def __init__(self, fault: Fault, problem: str) -> None:
         super().__init__(problem)
         self.fault = fault
-        self.problem = problem
 
     def __reduce__(self) -> tuple[type[SiteError], tuple[Fault, str]]:
         # The default pickles args=(message,), which does not fit __init__; errors cross Ray processes.
-        return type(self), (self.fault, self.problem)
+        return type(self), (self.fault, str(self))
 
 
 @dataclass(frozen=True)
@@ -180,10 +185,10 @@ def process_site(
     selection["clip"] = pd.array(np.where(kept, kept.cumsum() - 1, -1), dtype="Int32")
     selection.loc[~kept, "clip"] = pd.NA
     ids = selection.loc[kept, "track"].to_numpy()
-    ranges = clips.intensity_ranges(corrected, cells, tracks, ids, frames, bad, calibration, config.clips)
-    ranges = Ranges(ranges.low[:, picks], ranges.high[:, picks])
     # Only channels that are picked out are copied.
     shown = corrected if picks == list(range(len(channels))) else corrected[:, picks]
+    low, high = calibration.low[picks], calibration.high[picks]
+    ranges = clips.intensity_ranges(shown, cells, tracks, ids, frames, bad, low, high, config.clips)
     frame = judged["frame"].to_numpy()
     return Site(
         nuclei,
@@ -217,8 +222,7 @@ def _find_cells(
 ) -> npt.NDArray[np.int32]:
     if not isinstance(config, CellposeConfig):
         return segmentation.segment_cells(cytoplasm, nuclei, config)
-    if cytoplasm is None:
-        raise InputError("segment.cells.method cellpose needs an image of the cells: set segment.channels.cytoplasm")
+    assert cytoplasm is not None, "SegmentConfig has seen to it"
     return cellpose_model.segment_cells(cytoplasm, nucleus, nuclei, config)
 
 

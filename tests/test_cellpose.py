@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from screening import cellpose_model
 from screening.cellpose_model import CellposeConfig, segment_cells, segment_nuclei
@@ -213,11 +214,12 @@ def test_process_site_takes_nuclei_and_cells_of_networks(model: str) -> None:
         assert found_again(truth, nuclei) > 0.9
         np.testing.assert_array_equal(cells[nuclei > 0], nuclei[nuclei > 0])
 
-    without = config.model_copy(update={"channels": ChannelsConfig(nucleus="a")})
-    with pytest.raises(InputError, match=re.escape("segment.channels.cytoplasm")):
-        process_site(
-            stack, ("a", "b"), calibrate([dask.array.from_array(stack)], NoIllumination(), (1.0, 99.8)), without
-        )
+
+def test_cells_of_networks_need_an_image_of_them() -> None:
+    cells = CellposeConfig(model="/model")
+    with pytest.raises(ValidationError, match=re.escape("set channels.cytoplasm")):
+        SegmentConfig(channels=ChannelsConfig(nucleus="a"), cells=cells)
+    SegmentConfig(channels=ChannelsConfig(nucleus="a", cytoplasm="b"), cells=cells)
 
 
 @pytest.mark.parametrize("content", [b"", b"weights", None], ids=["empty", "text", "other network"])

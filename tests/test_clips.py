@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
-
 import cv2
 import numpy as np
 import pytest
@@ -306,10 +303,9 @@ def test_stepped_frames_and_short_movies() -> None:
 
 
 def ranges(stack: np.ndarray, cells: np.ndarray, ids: list[int], config: ClipsConfig) -> Ranges:
-    calibration: Any = SimpleNamespace(low=LOW, high=HIGH)
     frames = clips.choose_frames(len(stack), config)
     bad = np.zeros(len(stack), bool)
-    return clips.intensity_ranges(stack, cells, measured(stack, cells), np.array(ids), frames, bad, calibration, config)
+    return clips.intensity_ranges(stack, cells, measured(stack, cells), np.array(ids), frames, bad, LOW, HIGH, config)
 
 
 def test_ranges_of_plate_site_and_fixed_scaling() -> None:
@@ -325,9 +321,8 @@ def test_ranges_of_plate_site_and_fixed_scaling() -> None:
             np.testing.assert_allclose([of_site.low[clip, channel], of_site.high[clip, channel]], want, rtol=1e-5)
     fixed = ranges(stack, cells, [2], ClipsConfig(frames=2, scaling=FixedScaling(low=(10,), high=(100, 200))))
     assert (fixed.low.tolist(), fixed.high.tolist()) == ([[10, 10]], [[100, 200]])
-    for wrong in (FixedScaling(high=(1, 2, 3)), FixedScaling(low=(5,), high=(5,))):
-        with pytest.raises(InputError, match=r"clips\.scaling"):
-            ranges(stack, cells, [2], ClipsConfig(frames=2, scaling=wrong))
+    with pytest.raises(InputError, match=r"clips\.scaling\.high has 3 values for the 2 channels"):
+        ranges(stack, cells, [2], ClipsConfig(frames=2, scaling=FixedScaling(high=(1, 2, 3))))
 
 
 def test_ranges_of_a_cell_are_those_of_its_own_pixels_over_the_clip() -> None:
@@ -391,6 +386,14 @@ def test_cell_scaling_shows_a_dim_cell_like_a_bright_one_and_plate_scaling_does_
 def test_config_refuses_what_makes_no_sense() -> None:
     with pytest.raises(ValidationError, match="below high"):
         SiteScaling(low=50, high=50)
+    for low, high, problem in (
+        ((5,), (5,), "below high"),
+        ((0, 9), (5,), "below high"),
+        ((0, 0), (1, 1, 1), "as many"),
+        ((), (1,), "at least 1"),
+    ):
+        with pytest.raises(ValidationError, match=problem):
+            FixedScaling(low=low, high=high)
     with pytest.raises(ValidationError):
         ClipsConfig.model_validate({"window": {"method": "fixed", "max_size": 3}})
     assert ClipsConfig.model_validate({"window": {"method": "track"}}).window == TrackWindow()

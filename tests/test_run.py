@@ -323,6 +323,17 @@ def test_a_channel_that_does_not_exist(
         assert {path.name for path in folder.iterdir()} == WRITTEN_ANEW
 
 
+def test_ranges_for_another_number_of_channels(
+    small_screen: Path, tmp_path: Path, small_settings: list[str], command: Command
+) -> None:
+    folder = tmp_path / "screen"
+    scaling = ("--set", "segment.clips.scaling.method=fixed", "--set", "segment.clips.scaling.high=[900, 900]")
+    done = command("run", small_screen / "run.yaml", "--out", folder, *small_settings, *scaling)
+    assert (done.code, done.out) == (1, "")
+    assert "segment.clips.scaling.high has 2 values for the 3 channels of the clips: give 1 or 3" in done.err
+    assert {path.name for path in folder.iterdir()} == WRITTEN_ANEW
+
+
 def test_a_plate_map_that_does_not_fit_leaves_nothing_behind(
     plates_copy: Path, tmp_path: Path, small_settings: list[str], command: Command
 ) -> None:

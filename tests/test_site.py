@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from screening.clips import EXCLUSIONS, KEPT, CellScaling, ClipsConfig, FixedWindow, PlateScaling
+from screening.clips import EXCLUSIONS, KEPT, CellScaling, ClipsConfig, FixedScaling, FixedWindow, PlateScaling
 from screening.illumination import Calibration, NoIllumination, calibrate
 from screening.network import NAMES
 from screening.quality import EMPTY, FLAGS, NOT_FINITE
@@ -151,6 +151,14 @@ def test_intensities_of_clips_are_those_of_the_site(simulated: SimulatedSite) ->
         want = simulated.stack[2, [2, 0], y : y + 48, x : x + 48]
         low, high = (end[0, :, None, None] for end in (site.ranges.low, site.ranges.high))
         np.testing.assert_allclose(site.ranges.intensities(site.clips)[0, :, 2], want.clip(low, high), atol=1)
+
+
+def test_fixed_ranges_are_those_of_the_channels_of_clips(simulated: SimulatedSite) -> None:
+    channels = ChannelsConfig(nucleus="nucleus", cytoplasm="mitochondria", clips=("potential", "nucleus"))
+    cut = CONFIG.clips.model_copy(update={"scaling": FixedScaling(low=(1, 2), high=(3000, 4000))})
+    config = CONFIG.model_copy(update={"channels": channels, "clips": cut})
+    found = process_site(simulated.stack, CHANNELS, calibration(simulated.stack), config).ranges
+    assert (found.low[0].tolist(), found.high[0].tolist()) == ([1, 2], [3000, 4000])
 
 
 def test_nuclei_alone_do(simulated: SimulatedSite) -> None:
