@@ -99,7 +99,9 @@ def import_cells(
     annotation = store.join(source, ANNOTATION) if annotation is None else store.absolute(annotation)
     screen = Screen(store.absolute(out))
     plan = _plan(source, annotation, config)
-    mark = fingerprint("import", OUTPUT_VERSION, config.frames, config.size, plan.sequences.to_pylist())
+    # Without the frames that are there: one that was missing and has come is of a well that failed and is tried again.
+    cells = plan.sequences.drop_columns("frames").to_pylist()
+    mark = fingerprint("import", OUTPUT_VERSION, config.frames, config.size, cells)
     manifest = Manifest(
         software={name: importlib.metadata.version(name) for name in _SOFTWARE},
         config={"import": {"source": source, "annotation": annotation, **config.model_dump(mode="json")}},

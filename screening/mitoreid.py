@@ -12,19 +12,18 @@ import io
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from PIL import Image
 
-from screening.layouts import natural
+from screening.layouts import natural, row_letters
 from storage_schemas.errors import InputError
 from storage_schemas.keys import check_name
 
 Part = Literal["train", "query", "gallery", "nc", "novel"]
-PARTS: tuple[Part, ...] = get_args(Part)
 NOVEL = "novel"  # the part that lies beside the experiments, a plate of its own
 
 CONTROL = "dmso"  # the control's drug, and our compound
@@ -249,13 +248,10 @@ def virtual_wells(compound: pd.Series[str], field: pd.Series[str]) -> pd.Series[
         return compound != CONTROL, compound.startswith(NOVEL_COMPOUND), natural(compound), natural(field)
 
     pairs = sorted(set(zip(compound, field, strict=True)), key=order)
-    wells = {pair: f"{_row(place // _COLUMNS)}{place % _COLUMNS + 1:02d}" for place, pair in enumerate(pairs)}
+    wells = {
+        pair: f"{row_letters(place // _COLUMNS + 1)}{place % _COLUMNS + 1:02d}" for place, pair in enumerate(pairs)
+    }
     return pd.Series([wells[pair] for pair in zip(compound, field, strict=True)], compound.index, dtype=object)
-
-
-def _row(number: int) -> str:
-    ahead, last = divmod(number, 26)
-    return (chr(ord("A") + ahead - 1) if ahead else "") + chr(ord("A") + last)
 
 
 def check_frames(frames: Collection[int], n_frames: int) -> None:

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,7 @@ from PIL import Image
 from runs import digests, times
 
 from screening import mitoreid
-from screening.mitoreid import PARTS, UnusableSequenceError, clip_of, parse, virtual_wells
+from screening.mitoreid import Part, UnusableSequenceError, clip_of, parse, virtual_wells
 from storage_schemas.clips import channel_names, open_clips, read_clips
 from storage_schemas.errors import InputError
 from storage_schemas.keys import WellKey, split_well
@@ -30,7 +31,7 @@ FRAMES = 16
 
 drugs = st.integers(1, 1068).map(str) | st.just("dmso")
 fields = st.builds(lambda name, repeat: name + repeat, drugs | st.just("ctrl"), st.sampled_from(["", "-2", "-13"]))
-places = st.tuples(st.sampled_from(["l1", "l2", "l3"]), st.sampled_from(PARTS[:-1])) | st.just(("novel", "novel"))
+places = st.tuples(st.sampled_from(["l1", "l2", "l3"]), st.sampled_from(get_args(Part)[:-1])) | st.just(("novel", "novel"))
 cells = st.tuples(places, drugs, fields, st.integers(0, 10**6))
 
 
@@ -543,6 +544,12 @@ def test_broken_sequences_cost_themselves_and_are_counted(mito_copy: Path, tmp_p
     assert (done.code, f"{N_SEQUENCES - 3} clips of {N_SEQUENCES} sequences" in done.out) == (3, True)
     now = times(folder, "cells", "clips")
     assert {name for name in now if now[name] != written.get(name)} == {name for name in now if "l1/A04" in name}
+    for frame in (7, 16):
+        shutil.copy(missing / "2.jpg", missing / f"{frame}.jpg")
+    done = command("import-cells", mito_copy, folder, *SIZE)
+    assert (done.code, f"{N_SEQUENCES - 2} clips of {N_SEQUENCES} sequences" in done.out) == (3, True)
+    mended = open_table(screen.sequences, SEQUENCES).to_pandas().set_index("folder").loc["l1/train/1/1_0", "frames"]
+    assert mended.tolist() == list(range(FRAMES))
 
 
 def rewritten(change: Callable[[dict[str, pd.DataFrame]], object]) -> Callable[[Path], object]:

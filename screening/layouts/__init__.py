@@ -26,6 +26,7 @@ from screening.layouts.planes import (
     grid,
     missing_planes,
     natural,
+    row_letters,
 )
 from storage_schemas.errors import InputError
 
@@ -45,6 +46,7 @@ __all__ = [
     "missing_planes",
     "natural",
     "read",
+    "row_letters",
 ]
 
 Layout = Annotated[

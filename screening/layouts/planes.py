@@ -232,7 +232,9 @@ def well_name(row: str, column: str) -> str:
         InputError: if there is no such well on any plate (rows A..AF or 1..32, columns 1..48).
     """
     if re.fullmatch(r"[0-9]{1,9}", row):
-        row = _row_letters(int(row))
+        if not 1 <= int(row) <= MAX_ROWS:
+            raise InputError(f"row {int(row)} is on no plate: rows are counted from 1 to {MAX_ROWS}")
+        row = row_letters(int(row))
     return checked_well(f"{row}{column}")
 
 
@@ -246,9 +248,15 @@ def checked_well(well: str) -> str:
     row, column = split_well(name)
     if _row_number(row) > MAX_ROWS or int(column) > MAX_COLUMNS:
         raise InputError(
-            f"well {well!r} is on no plate: rows go from A to {_row_letters(MAX_ROWS)}, columns from 1 to {MAX_COLUMNS}"
+            f"well {well!r} is on no plate: rows go from A to {row_letters(MAX_ROWS)}, columns from 1 to {MAX_COLUMNS}"
         )
     return name
+
+
+def row_letters(number: int) -> str:
+    """The letters of a row, counted from 1: ``B``, ``AF``, and so on up to row 702, ``ZZ``."""
+    ahead, last = divmod(number - 1, 26)
+    return (chr(ord("A") + ahead - 1) if ahead else "") + chr(ord("A") + last)
 
 
 def natural(text: str) -> _Natural:
@@ -302,10 +310,3 @@ def _row_number(letters: str) -> int:
     for letter in letters:
         number = number * 26 + ord(letter) - ord("A") + 1
     return number
-
-
-def _row_letters(number: int) -> str:
-    if not 1 <= number <= MAX_ROWS:
-        raise InputError(f"row {number} is on no plate: rows are counted from 1 to {MAX_ROWS}")
-    ahead, last = divmod(number - 1, 26)
-    return ("A" if ahead else "") + chr(ord("A") + last)
