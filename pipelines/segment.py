@@ -192,7 +192,9 @@ def _write_well(context: _Context, well: WellKey, sites: Sequence[_Done]) -> Non
     channels = context.config.channels.clips or context.forms[well.plate].channels
     ranges = Ranges.concatenate([site.ranges for site in sites])
     clips = np.concatenate([site.clips for site in sites])
-    write_clips(screen.clips(well), clips, channels, sites[0].frames, ranges)
+    frames = sites[0].frames
+    same = all(site.frames == frames for site in sites)
+    write_clips(screen.clips(well), clips, channels, frames if same else None, ranges)
     write_table(screen.quality(well), pd.concat([site.quality for site in sites]), QUALITY, context.fingerprint)
     table = pa.concat_tables([site.cells for site in sites], promote_options="default")
     # Clips lie in the array in the order of the cells that have one.

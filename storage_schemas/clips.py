@@ -63,7 +63,7 @@ class Ranges:
 
 
 def write_clips(
-    url: str, clips: Clips, channels: Sequence[str], frames: Sequence[int], ranges: Ranges | None = None
+    url: str, clips: Clips, channels: Sequence[str], frames: Sequence[int] | None, ranges: Ranges | None = None
 ) -> None:
     """Write a well's clips; whatever was there is replaced.
 
@@ -73,7 +73,8 @@ def write_clips(
         url: the array's folder.
         clips: (N, C, T, H, W), of a type in :data:`WHITE`.
         channels: a name a channel.
-        frames: the movie's frames that the clips are made of, a number a clip frame.
+        frames: the movie's frames that the clips are made of, a number a clip frame; None where they are not the same
+            for all clips, which come from movies of different length.
         ranges: of the N clips; None where the intensities they came from are not known.
     """
     array = zarr.create_array(
@@ -89,7 +90,7 @@ def write_clips(
                 "form": "clips",
                 "version": VERSION,
                 "channels": list(channels),
-                "frames": [int(frame) for frame in frames],
+                "frames": None if frames is None else [int(frame) for frame in frames],
                 "scaling": None if ranges is None else _scaling(clips, ranges),
             }
         },

@@ -23,6 +23,7 @@ from pipelines.inputs import open_inputs
 from pipelines.report import bad_sites, read_quality
 from pipelines.run import run
 from screening.simulation import CHANNELS, SimulationConfig, simulate_site
+from storage_schemas.clips import open_clips
 from storage_schemas.keys import WellKey
 from storage_schemas.plate import create_well, list_wells, open_plate
 from storage_schemas.screen import Screen, StageRecord
@@ -369,6 +370,30 @@ def test_a_mended_site_costs_its_well_alone(
     mend(plates, whole_plates, {left: faults[left]})
     assert command(*arguments).code == 0
     assert digests(folder, *SEGMENTED) == digests(calm, *SEGMENTED)
+
+
+def test_movies_of_different_length_share_a_well_where_they_need_not_be_alike(
+    plates: Path, tmp_path: Path, command: Command
+) -> None:
+    drop_the_last_frame(folder_of(plates, "f", "A02", "1"))
+    settings = (
+        f"inputs.plates=[{plates / 'f.zarr'}]",
+        "inputs.missing_wells=skip",
+        "segment.alike=false",
+        "segment.clips.frames=3",
+    )
+    options = [part for setting in settings for part in ("--set", setting)]
+    folder = tmp_path / "screen"
+    done = command("run", plates / "run.yaml", "--out", folder, "--stages", "segment", *options)
+    assert done.code == 0, done.err
+    screen = Screen(str(folder))
+    for well, lengths, frames in (("A01", {"0": 4, "1": 4}, [0, 2, 3]), ("A02", {"0": 4, "1": 3}, None)):
+        cells = open_table(screen.cells(WellKey("f", well)), CELLS).to_pandas()
+        found = cells.groupby("site")["centroid_y"].agg(lambda tracks: set(tracks.map(len)))
+        assert found.to_dict() == {site: {length} for site, length in lengths.items()}
+        clips = open_clips(screen.clips(WellKey("f", well)))
+        assert clips.shape[0] == cells["clip"].notna().sum() > 0
+        assert clips.attrs["screening"]["frames"] == frames
 
 
 def test_flags_alone_are_no_failure(plates: Path, tmp_path: Path, command: Command) -> None:
