@@ -125,7 +125,7 @@ def read_header(url: str, axes: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
     """
     fs, path = store.filesystem(url)
     with _readable(url, axes), fs.open(path, "rb") as file, tifffile.TiffFile(file) as tif:
-        series = _series(url, tif)
+        series = _series(url, tif, axes)
         # Takes no memory: every pixel is the same byte.
         block = _arranged(url, np.broadcast_to(np.zeros((), series.dtype), series.shape), axes)
         return block.shape, block.dtype
@@ -139,7 +139,7 @@ def read_image(url: str, axes: str) -> _Block:
     """
     data = store.read_bytes(url)
     with _readable(url, axes), tifffile.TiffFile(io.BytesIO(data)) as tif:
-        image = np.asarray(_series(url, tif).asarray())
+        image = np.asarray(_series(url, tif, axes).asarray())
     return _arranged(url, image, axes)
 
 
@@ -151,12 +151,12 @@ def plane_info(url: str) -> Mapping[str, Any]:
     """
     fs, path = store.filesystem(url)
     with _readable(url, "YX"), fs.open(path, "rb") as file, tifffile.TiffFile(file) as tif:
-        _series(url, tif)
+        _series(url, tif, "YX")
         said = tif.metaseries_metadata or {}
         return dict(said.get("PlaneInfo", {}))
 
 
-def _series(url: str, tif: tifffile.TiffFile) -> tifffile.TiffPageSeries:
+def _series(url: str, tif: tifffile.TiffFile, axes: str) -> tifffile.TiffPageSeries:
     if not tif.series:
         raise SchemaError(url, "holds no image: was it copied whole?")
     if len(tif.series) > 1:
@@ -168,6 +168,9 @@ def _series(url: str, tif: tifffile.TiffFile) -> tifffile.TiffPageSeries:
         )
     if series.dtype is None or series.dtype.kind not in "uif":
         raise SchemaError(url, f"has pixels of type {series.dtype}; expected whole or real numbers")
+    # What the file calls Z may well be time; but the same axes in another order are a mistake.
+    if series.axes != axes and sorted(series.axes) == sorted(axes):
+        raise SchemaError(url, f"says that its axes are {series.axes}, --axes says {axes}")
     return series
 
 

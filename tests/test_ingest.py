@@ -250,6 +250,21 @@ def test_shape_that_does_not_fit_the_axes(tmp_path: Path, rng: np.random.Generat
     assert "--axes TCYX says 4 dimensions" in refused(tmp_path, tmp_path / "p.zarr", options(WELLS, axes="TCYX"))
 
 
+def test_axes_in_another_order_than_the_file_says(tmp_path: Path, rng: np.random.Generator) -> None:
+    pixels = image(rng, 2, 3, 5, 6)
+    for name in ("A1.tif", "A1.ome.tif"):
+        file = tmp_path / name
+        tifffile.imwrite(file, pixels, imagej=name == "A1.tif", metadata={"axes": "ZCYX"})
+        plate = tmp_path / f"{name}.zarr"
+        said = refused(file, plate, options("(?P<well>A1)", axes="CZYX"))
+        assert said.endswith(f"{file}: says that its axes are ZCYX, --axes says CZYX")
+        ingest(str(file), str(plate), options("(?P<well>A1)", axes="ZCYX"))
+        np.testing.assert_array_equal(stored(plate, "A01")[0], pixels.max(axis=0))
+        # Z may mean time, as where ImageJ was not told.
+        ingest(str(file), str(plate), options("(?P<well>A1)", axes="TCYX", overwrite=True))
+        np.testing.assert_array_equal(stored(plate, "A01"), pixels)
+
+
 @pytest.mark.parametrize("axes", ["XY", "TXY", "SYX", "TTYX", "", "Y"])
 def test_unknown_axes(tmp_path: Path, rng: np.random.Generator, axes: str) -> None:
     write(tmp_path / "A1.tif", image(rng, 4, 5, 6))
