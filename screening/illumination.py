@@ -161,11 +161,14 @@ def correct(stack: npt.NDArray[Any], calibration: Calibration) -> FloatArray:
         )
     if calibration.flat_field is None:
         return stack.astype(np.float32)
+    # Numba reads neither half floats nor the bytes of another machine, as converters in Java write them.
+    readable = stack.dtype.isnative and stack.dtype != np.float16
     corrected = np.empty(stack.shape, np.float32)
     for channel, (field, offset) in enumerate(zip(calibration.flat_field, calibration.offset, strict=True)):
         gain = np.float32(1) / _stretch(field, stack.shape[2:])
         for frame in range(len(stack)):
-            _flatten(stack[frame, channel], offset, gain, corrected[frame, channel])
+            plane = stack[frame, channel]
+            _flatten(plane if readable else plane.astype(np.float32), offset, gain, corrected[frame, channel])
     return corrected
 
 

@@ -258,7 +258,8 @@ def _measure(labels: npt.NDArray[np.integer[Any]], image: npt.NDArray[Any] | Non
     insides, frames, ids, places, areas, brightness = [], [], [], [], [], []
     for t, plane in enumerate(labels):
         inside = np.flatnonzero(plane)
-        compact, label = pd.factorize(plane.ravel()[inside])
+        # TIFF files may come in another byte order, which pandas does not read.
+        compact, label = pd.factorize(plane.ravel()[inside].astype(np.int64))
         area = np.bincount(compact, minlength=len(label)).astype(float)
         pixels = np.divmod(inside, plane.shape[1])
         place = np.stack([np.bincount(compact, p, minlength=len(label)) / area for p in pixels], axis=1)
@@ -268,7 +269,7 @@ def _measure(labels: npt.NDArray[np.integer[Any]], image: npt.NDArray[Any] | Non
         planes[t].ravel()[inside] = rank[compact]
         insides.append(inside)
         frames.append(np.full(len(label), t))
-        ids.append(label[order].astype(np.int64))
+        ids.append(label[order])
         places.append(place[order])
         areas.append(area[order])
         seen = np.zeros(len(label)) if image is None else _brightness(image[t], inside, rank[compact], area[order])

@@ -106,6 +106,17 @@ def test_correct_is_offset_then_gain_and_leaves_its_input_alone() -> None:
     np.testing.assert_allclose(corrected[1], 8)
 
 
+@pytest.mark.parametrize("dtype", ["uint8", ">u2", ">f4", "float16", "float64", "int64"])
+def test_any_real_dtype_is_corrected_alike(dtype: str) -> None:
+    field = np.random.default_rng(0).uniform(0.5, 2, (1, 8, 8)).astype(np.float32)
+    one, two = np.ones(1, np.float32), np.full(1, 2, np.float32)
+    stack = np.random.default_rng(1).integers(0, 200, (2, 1, 10, 12))
+    calibration = Calibration(field, one, one, two, USUAL)
+    corrected = illumination.correct(stack.astype(dtype), calibration)
+    assert corrected.dtype == np.float32
+    np.testing.assert_array_equal(corrected, illumination.correct(stack.astype(np.float32), calibration))
+
+
 def test_holes_and_constant_channels_do_no_harm() -> None:
     sites = [np.repeat(stack, 2, axis=0).astype(np.float32) for stack in plate(20)]
     for movie in sites:
