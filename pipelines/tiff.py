@@ -88,6 +88,8 @@ class SiteFiles:
                         place[:, position * n_zs : (position + 1) * n_zs] = self._read(urls[z])[within]
             elif urls:
                 place[...] = self._projected((self._read(url)[within] for url in urls.values()), len(urls) * n_zs)
+        if frame == self.shape[0] - 1:
+            self._held = {}  # or every site of a well would keep its last files until the well is written
         return image
 
     def _projected(self, blocks: Iterator[NDArray[Any]], n_zs: int) -> NDArray[Any]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import weakref
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -798,19 +799,25 @@ def test_a_site_reads_its_files_frame_by_frame(
     assert read == ["t1c0.tif", "t1c1.tif"]
 
 
-def test_a_stack_is_read_once(tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stack_is_read_once_and_not_kept(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pixels = image(rng, 2, 3, 5, 6)  # channels, times
     files = [PlaneFile(str(write(tmp_path / f"c{c}.tif", pixels[c])), 0, str(c), 0) for c in (0, 1)]
-    read: list[str] = []
+    read: dict[str, weakref.ref[NDArray[Any]]] = {}
 
     def reading(url: str, axes: str) -> NDArray[Any]:
-        read.append(Path(url).name)
-        return read_image(url, axes)
+        assert url not in read
+        block = read_image(url, axes)
+        read[url] = weakref.ref(block)
+        return block
 
     monkeypatch.setattr("pipelines.tiff.read_image", reading)
     site = SiteFiles(files, Grid((0,), ("0", "1"), (0,)), "TYX", "max")
     np.testing.assert_array_equal([site[t] for t in range(3)], pixels.swapaxes(0, 1))
-    assert read == ["c0.tif", "c1.tif"]
+    assert [Path(url).name for url in read] == ["c0.tif", "c1.tif"]
+    # And is let go of with its last frame, while the site may wait for others of its well.
+    assert [block() for block in read.values()] == [None, None]
 
 
 @pytest.mark.parametrize("dtype", ["uint8", ">u2", "<u2", "int16", "float32"])
