@@ -439,13 +439,12 @@ def _headers(
 
 def _existing(plate_url: str, name: str | None) -> tuple[set[str], str, IngestRecord]:
     """Wells that a plate has, its name and its record."""
-    default = store.parent(plate_url + "/x").rpartition("/")[2].removesuffix(".zarr").removesuffix(".ome")
     names = store.list_names(plate_url)
     if ".zattrs" in names or ".zgroup" in names:
         raise InputError(f"{plate_url}: is OME-Zarr 0.4, which is read but not added to; ingest into a new plate")
     if all(entry == MISSING or re.fullmatch("[A-Z]{1,2}", entry) for entry in names):
         # New, or rows that an interrupted ingest left without naming a well: those are written again.
-        return set(), check_name(name or default, "plate"), IngestRecord()
+        return set(), check_name(name or plates.default_name(plate_url), "plate"), IngestRecord()
     plate = plates.open_plate(plate_url)
     if name is not None and name != plate.name:
         raise InputError(f"{plate_url}: is called {plate.name!r}, not {name!r}")
@@ -465,7 +464,7 @@ def _write_plate_map(plate_url: str, writer: _Writer, plate_map: pd.DataFrame | 
     """Write which compound stands in which well beside the plate, of the wells that it has."""
     if plate_map is None:
         return None
-    url = f"{plate_url.rstrip('/').removesuffix('.zarr').removesuffix('.ome')}.plate_map.csv"
+    url = store.join(store.parent(plate_url), f"{plates.default_name(plate_url)}.plate_map.csv")
     rows = plate_map[plate_map["well"].isin(writer.named)]
     store.write_bytes(url, rows.assign(plate=writer.name)[["plate", *plate_map.columns]].to_csv(index=False).encode())
     return url

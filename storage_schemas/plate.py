@@ -149,6 +149,11 @@ class SiteImage:
         return self.channels.index(name)
 
 
+def default_name(url: str) -> str:
+    """What a plate is called that has no other name: its folder's, without ``.ome.zarr``."""
+    return re.sub(r"(\.ome)?\.zarr$", "", url.rstrip("/").rpartition("/")[2])
+
+
 def open_plate(url: str) -> Plate:
     """Open a plate and list its wells.
 
@@ -156,7 +161,7 @@ def open_plate(url: str) -> Plate:
         SchemaError: if it is not an OME-Zarr plate, or a well in it is named in no usable way.
     """
     document = _ome(url, "plate")
-    name = str(document.get("name") or re.sub(r"(\.ome)?\.zarr$", "", url.rstrip("/").split("/")[-1]))
+    name = str(document.get("name") or default_name(url))
     _named_in(url, check_name, name, "plate")
     wells: dict[str, str] = {}
     for entry in document.get("wells", []):

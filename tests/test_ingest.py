@@ -108,6 +108,14 @@ def test_channels_and_plate_can_be_named(tmp_path: Path, rng: np.random.Generato
         ingest(str(tmp_path / "tiffs"), str(tmp_path / "y.zarr"), options(NAMES, channels=("nucleus",)))
 
 
+def test_a_plate_is_called_like_its_folder(tmp_path: Path, rng: np.random.Generator) -> None:
+    write(tmp_path / "dmso" / "dmso_1_w1.tif", image(rng, 5, 6))
+    # In memory, where workers' wells are not seen from here, but URLs may end in a slash.
+    for name, folder in (("l1", "l1.ome.zarr"), ("l2", "l2.zarr/"), ("l3", "l3")):
+        done = ingest(str(tmp_path), f"memory://{tmp_path.name}/{folder}", IngestOptions(layout=MitoReidLayout()))
+        assert (done.name, done.plate_map) == (name, f"memory://{tmp_path.name}/{name}.plate_map.csv")
+
+
 def test_times_in_natural_order(tmp_path: Path, rng: np.random.Generator) -> None:
     pixels = image(rng, 12, 5, 6)
     for t in range(12):
@@ -817,7 +825,7 @@ def test_a_stack_is_read_once_and_not_kept(
     np.testing.assert_array_equal([site[t] for t in range(3)], pixels.swapaxes(0, 1))
     assert [Path(url).name for url in read] == ["c0.tif", "c1.tif"]
     # And is let go of with its last frame, while the site may wait for others of its well.
-    assert [block() for block in read.values()] == [None, None]
+    assert all(block() is None for block in read.values())
 
 
 @pytest.mark.parametrize("dtype", ["uint8", ">u2", "<u2", "int16", "float32"])
