@@ -185,16 +185,6 @@ def track(
     return Tracking(*_number(movie, before, mother), drift, removed)
 
 
-def estimate_drift(before: Labels, after: Labels, diameter: float, max_drift: float) -> tuple[Floats, float]:
-    """Shift (dy, dx) in px by which the objects of a frame have moved together since another, and its match.
-
-    It is the peak of the normalised cross-correlation of the two foregrounds, which unlike phase correlation
-    looks at the shared part of the fields only; the match is the correlation there. Where no peak stands out
-    within ``max_drift`` diameters, the shift is (0, 0) and the match 0.
-    """
-    return _shift(_shrink(before, diameter), _shrink(after, diameter), diameter, max_drift)
-
-
 def _shrink(plane: Labels, diameter: float) -> npt.NDArray[np.uint8]:
     """The foreground at a size at which an object of the given diameter is a few px wide."""
     factor = _drift_factor(diameter)
@@ -213,7 +203,12 @@ def _shift(
     diameter: float,
     max_drift: float,
 ) -> tuple[Floats, float]:
-    """Shift (px of the full size) and match of two foregrounds that :func:`_shrink` has shrunk."""
+    """Shift (dy, dx), px of the full size, and match of two foregrounds that :func:`_shrink` has shrunk.
+
+    It is the peak of their normalised cross-correlation, which unlike phase correlation looks at the shared
+    part of the fields only; the match is the correlation there. Where no peak stands out within ``max_drift``
+    diameters, the shift is (0, 0) and the match 0.
+    """
     nothing = np.zeros(2), 0.0
     factor = _drift_factor(diameter)
     reach = min(int(np.ceil(max_drift * diameter / factor)), min(before.shape) // 4)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from screening.tracking import TrackingConfig, _assign, estimate_drift, link, track
+from screening.tracking import TrackingConfig, _assign, link, track
 from storage_schemas.errors import InputError
 
 Array = npt.NDArray[Any]
@@ -178,9 +178,9 @@ def test_the_motion_of_one_large_cell_is_no_drift() -> None:
 def test_no_drift_is_seen_where_there_is_none() -> None:
     movie = random_movie(0)
     for after, max_drift in ((movie[0], 0.5), (np.zeros_like(movie[0]), 0.5), (movie[1], 0.0)):
-        drift, match = estimate_drift(movie[0], after, 15.0, max_drift)
-        assert not drift.any()
-        assert match == 0
+        found = track(np.stack([movie[0], after]), TrackingConfig(max_drift=max_drift))
+        assert not found.drift.any()
+        assert not found.drift_removed.any()
 
 
 @pytest.mark.parametrize("seed", range(3))
