@@ -23,11 +23,13 @@ from threadpoolctl import threadpool_limits
 
 from screening import clips, features, quality, segmentation, tracking
 from screening.illumination import Calibration, FlatField, calibrate, correct
+from screening.memory import keep_freed_memory
 from screening.simulation import CHANNELS, SimulationConfig, simulate_site
 from storage_schemas.clips import Clips
 from storage_schemas.plate import create_well, list_wells, open_plate, open_site
 
 CELLS_IN_2048 = 480
+TRACKING = tracking.TrackingConfig()
 CONFIG = clips.ClipsConfig(frames=16)
 Labels = npt.NDArray[np.int32]
 T = TypeVar("T")
@@ -46,10 +48,6 @@ class Stopwatch:
         return result
 
 
-def nuclei_of(channel: npt.NDArray[Any]) -> Labels:
-    return np.stack([segmentation.segment_nuclei(plane) for plane in channel])
-
-
 def cells_of(channel: npt.NDArray[Any], nuclei: Labels) -> Labels:
     return np.stack([segmentation.segment_cells(*planes) for planes in zip(channel, nuclei, strict=True)])
 
@@ -65,8 +63,8 @@ def our_clips(stack: npt.NDArray[Any], cells: Labels, tracks: features.Tracks, c
 
 def our_way(url: str, calibration: Calibration, clock: Stopwatch) -> tuple[Labels, Labels, int]:
     stack = clock("read", lambda: open_site(url).read())
-    nuclei = clock("nuclei", nuclei_of, stack[:, 0])
-    nuclei, _ = clock("tracking", tracking.link, nuclei)
+    nuclei = clock("nuclei", segmentation.segment_movie, stack[:, 0])
+    nuclei, _ = clock("tracking", tracking.link, nuclei, TRACKING, stack[:, 0])
     cells = clock("cells", cells_of, stack[:, 1], nuclei)
     tracks = clock("measures", features.measure, nuclei, cells, stack, CHANNELS)
     return nuclei, cells, len(clock("clips", our_clips, stack, cells, tracks, calibration))
@@ -102,6 +100,7 @@ def agreement(truth: Labels, found: Labels) -> tuple[float, float]:
 def main(side: int, rounds: int) -> None:
     """Print a row a step, and what either way found."""
     cv2.setNumThreads(1)
+    keep_freed_memory()  # both ways gain by it
     config = SimulationConfig(
         frames=16, height=side, width=side, cells_per_site=round(CELLS_IN_2048 * (side / 2048) ** 2)
     )
@@ -122,17 +121,24 @@ def main(side: int, rounds: int) -> None:
             beside("quality", quality.measure, truth.stack)
             beside("illumination", correct, truth.stack, calibration)
 
-    ours, theirs = ({step: statistics.median(s) for step, s in clocks[name].seconds.items()} for name in ways)
-    print(f"{'×'.join(map(str, truth.stack.shape))} pixels, medians of {rounds} rounds, ms of CPU")
-    print(f"{'':<14}{'ours':>9}{'plain':>9}{'ratio':>8}")
-    for seconds in (ours, theirs):
-        seconds["total"] = sum(seconds.values())
+    medians = {
+        name: {step: statistics.median(seconds) for step, seconds in clock.seconds.items()}
+        for name, clock in clocks.items()
+    }
+    for steps in medians.values():
+        steps["total"] = sum(steps.values())
         # The plain way measures area, box and mean intensities, and ours every feature.
-        seconds["… but measures"] = seconds["total"] - seconds["measures"]
+        steps["total but measures"] = steps["total"] - steps["measures"]
+    print(f"{' × '.join(map(str, truth.stack.shape))} px, medians of {rounds} rounds, ms of CPU\n")
+    print("| step | " + " | ".join(f"{name} | ratio" if name != "ours" else name for name in ways) + " |")
+    print("|---|---" + "|---|---" * (len(ways) - 1) + "|")
+    ours = medians.pop("ours")
     for step in ours:
-        print(f"{step:<14}{1e3 * ours[step]:>9.0f}{1e3 * theirs[step]:>9.0f}{theirs[step] / ours[step]:>8.1f}")
-    for step, seconds in beside.seconds.items():
-        print(f"{step:<14}{1e3 * statistics.median(seconds):>9.0f}{'-':>9}{'-':>8}")
+        plain_ways = (f"{1e3 * of[step]:.0f} | {of[step] / ours[step]:.1f}" for of in medians.values())
+        print(f"| {step} | {1e3 * ours[step]:.0f} | {' | '.join(plain_ways)} |")
+    for step, rounds_of_step in beside.seconds.items():
+        print(f"| {step} | {1e3 * statistics.median(rounds_of_step):.0f} |" + " – |" * 2 * len(medians))
+    print()
     for name, (nuclei, cells, n_clips) in found.items():
         scores = [
             f"{f1:.3f} (IoU {iou:.2f})" for f1, iou in map(agreement, (truth.nuclei, truth.cells), (nuclei, cells))

@@ -22,6 +22,7 @@ from pipelines.inputs import Inputs
 from pipelines.units import Counts, StageError, Work, run_units
 from screening.clips import FixedScaling, PlateScaling, choose_frames
 from screening.illumination import Calibration, calibrate
+from screening.memory import keep_freed_memory
 from screening.quality import PlateQuality, flags_of_frames
 from screening.site import SegmentConfig, Site, SiteError, SiteForm, check_form, process_site
 from storage_schemas.calibration import FLAT_FIELD, read_calibration, write_calibration
@@ -122,6 +123,7 @@ def segment_well(context: _Context, well: WellKey) -> float:
     """
     # As many wells run at once as there are cores, and OpenCV would start a thread a core in each of them.
     cv2.setNumThreads(1)
+    keep_freed_memory()
     screen, plate = context.screen, context.plates[well.plate]
     if well.plate not in context.forms or not exists(screen.calibration(well.plate)):
         raise InputError(f"{plate.url}: none of the sites sampled for its calibration can be used")

@@ -122,6 +122,53 @@ def _append(p: int, level: int, first: Labels, last: Labels, following: Labels) 
 
 
 @numba.njit(cache=True, nogil=True)
+def steps(landscape: Plane, mask: Mask) -> Levels:
+    """A landscape in 4,096 steps from its lowest point in the mask to its highest, for :func:`watershed`.
+
+    Args:
+        landscape: (H, W) float32.
+        mask: (H, W) uint8.
+
+    Returns:
+        (H, W) uint16; 0 outside the mask.
+    """
+    height, width = landscape.shape
+    low, high = np.float32(np.inf), np.float32(-np.inf)
+    for y in range(height):
+        for x in range(width):
+            if mask[y, x] != 0:
+                low, high = min(low, landscape[y, x]), max(high, landscape[y, x])
+    scale = np.float32(4095) / (high - low) if high > low else np.float32(0)
+    levels = np.zeros((height, width), np.uint16)
+    for y in range(height):
+        for x in range(width):
+            if mask[y, x] != 0:
+                levels[y, x] = np.uint16((landscape[y, x] - low) * scale)
+    return levels
+
+
+@numba.njit(cache=True, nogil=True)
+def hills(inner: Plane, contrast: Plane, around: Plane, mask: Mask) -> Plane:
+    """Distance to the outside x root of the brightness against what is around, and 0 outside the mask.
+
+    Args:
+        inner: (H, W) float32 distance.
+        contrast: (H, W) float32 brightness.
+        around: (H, W) float32 mean brightness of the surroundings.
+        mask: (H, W) uint8.
+
+    Returns:
+        (H, W) float32.
+    """
+    height = np.zeros_like(inner)
+    for y in range(inner.shape[0]):
+        for x in range(inner.shape[1]):
+            if mask[y, x] != 0:
+                height[y, x] = inner[y, x] * np.sqrt(contrast[y, x] / max(around[y, x], np.float32(1e-6)))
+    return height
+
+
+@numba.njit(cache=True, nogil=True)
 def label_sums(labels: Labels, inner: Plane, contrast: Plane) -> tuple[Sums, Sums, Sums, Sums]:
     """What is known of each label, at the position of its value: (n + 1,) float64 each, 0 for the background.
 

@@ -23,7 +23,20 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from screening.regions import Flags, Labels, Levels, Mask, Plane, Regions, Sums, contacts, cut, find_regions, label_sums
+from screening.regions import (
+    Flags,
+    Labels,
+    Mask,
+    Plane,
+    Regions,
+    Sums,
+    contacts,
+    cut,
+    find_regions,
+    hills,
+    label_sums,
+    steps,
+)
 from screening.regions import watershed as flood
 from storage_schemas.base import Config
 from storage_schemas.errors import InputError
@@ -37,9 +50,9 @@ _NOISE_CONTRAST = 5.0
 _EDGE_STEEPNESS = 2.0
 # The blur alone (sigma 1 px at least) makes a disk of 4 px of a single hot pixel.
 _LEAST_AREA = 9
-# Larger nuclei are reduced to this diameter in px to be found: from 16 on the scores hardly depend on it. Nuclei of
-# less than half of it are doubled first, or the necks between them are lost in the grid of pixels.
-_WORKING_DIAMETER = 24.0
+# Larger nuclei are reduced by the largest whole factor that leaves them at least the second of these wide, px, to be
+# found; those smaller than the first are doubled, or the necks between them are lost in the grid of pixels.
+_WORKING_DIAMETERS = (12.0, 14.0)
 # Cells are shared out between nuclei at a whole fraction of the resolution that leaves these at least so wide, px.
 _GROWING_DIAMETER = 7.0
 # Windows wider than this, px, are taken of a reduced image.
@@ -93,7 +106,7 @@ class CellsConfig(Config):
         1.4, ge=0, description="sigma of the Gaussian blur of the cytoplasm, px: noise has no size"
     )
     dim_weight: float = Field(
-        0.8, gt=0, description="how far dim cytoplasm counts in the threshold: small more, large less"
+        0.4, gt=0, description="how far dim cytoplasm counts in the threshold: small more, large less"
     )
     brightness_weight: float = Field(0.5, ge=0, description="pull of bright cytoplasm against nearness when cells meet")
 
@@ -217,7 +230,7 @@ def _grow(levels: Plane, bright: Flags, nuclei: Labels, diameter: float, config:
     mask &= distance <= config.max_distance * diameter
     pull = config.brightness_weight / float(levels.max())
     landscape = distance / np.float32(diameter) - np.float32(pull) * levels
-    return flood(_steps(landscape), nuclei, mask), mask & ~_as_mask(bright)
+    return flood(steps(landscape, mask), nuclei, mask), mask & ~_as_mask(bright)
 
 
 def _expand(nuclei: Labels, outside: Mask, reach: float) -> Labels:
@@ -320,9 +333,10 @@ def _look(plane: Plane, config: NucleiConfig, sparse: bool) -> _View:
 
 
 def _working_scale(diameter: float) -> float:
-    if diameter < _WORKING_DIAMETER / 2:
+    if diameter < _WORKING_DIAMETERS[0]:
         return 2.0
-    return min(1.0, _WORKING_DIAMETER / diameter)
+    # Whole pixels are averaged several times faster than parts of them.
+    return 1 / max(1, int(diameter / _WORKING_DIAMETERS[1]))
 
 
 def _threshold(smooth: Plane, config: NucleiConfig, sparse: bool) -> tuple[Plane, float]:
@@ -348,24 +362,35 @@ def _compress(plane: Plane, dim_weight: float) -> Plane:
 
     On it a nucleus a third as bright as another is still nearer to it than to the background.
     """
-    floor = float(np.percentile(_sample(plane), 1))
-    bright = _bright_level(plane)
+    light = _light(plane)
     # A few saturated specks pull Otsu's threshold above every nucleus; the bright level ignores them.
-    reference = _otsu(plane) - floor if bright is None else 0.4 * (bright - floor)
+    reference = _otsu(plane) - light.floor if light.bright is None else 0.4 * (light.bright - light.floor)
     unit = dim_weight * max(reference, 1e-6)
-    return cast(Plane, np.log1p(np.maximum(plane - floor, 0) / unit))
+    return cast(Plane, np.log1p(np.maximum(plane - np.float32(light.floor), 0) * np.float32(1 / unit)))
 
 
-def _bright_level(plane: Plane) -> float | None:
-    """Brightness of the brightest 0.5 %, or None where less of the field than that stands out of the noise."""
-    middle, spread = _middle_and_spread(_sample(plane))
-    bright = float(np.percentile(_sample(plane), 99.5))
-    return bright if bright > middle + 8 * spread else None
+class _Light(NamedTuple):
+    """How bright an image is.
+
+    Attributes:
+        floor: of the darkest 1 %.
+        bright: of the brightest 0.5 %, or None where less of the field than that stands out of the noise.
+    """
+
+    floor: float
+    bright: float | None
+
+
+def _light(plane: Plane) -> _Light:
+    values = np.sort(_sample(plane), axis=None)
+    middle, spread = _middle_and_spread(values)
+    floor, bright = (float(values[round(share * (values.size - 1))]) for share in (0.01, 0.995))
+    return _Light(floor, bright if bright > middle + 8 * spread else None)
 
 
 def _without_glare(plane: Plane) -> Plane:
     """The image with specks far brighter than its nuclei cut down, lest their blur outshine what is near."""
-    bright = _bright_level(plane)
+    bright = _light(plane).bright
     return plane if bright is None else np.minimum(plane, np.float32(4 * bright))
 
 
@@ -425,9 +450,9 @@ def _background(view: _View) -> Plane:
     """Local mean of the pixels outside the mask, leaning on their median where a window holds few."""
     outside = (1 - view.mask).astype(np.float32)
     typical = np.float32(np.median(_sample(view.smooth)[_sample(view.mask) == 0]))
-    share = _local_mean(outside, 3.6 * view.diameter)
-    total = _local_mean(view.smooth * outside, 3.6 * view.diameter)
-    return (total + np.float32(0.02) * typical) / (share + np.float32(0.02))
+    side = 3.6 * view.diameter
+    share, total = (_coarse_mean(plane, side) for plane in (outside, view.smooth * outside))
+    return _resize((total + np.float32(0.02) * typical) / (share + np.float32(0.02)), outside.shape)
 
 
 def _is_shading(view: _View, brightness: Sums) -> bool:
@@ -449,12 +474,12 @@ def _split(view: _View, contrast: Plane, config: NucleiConfig) -> tuple[Labels, 
         brightness of each nucleus.
     """
     inner = _inner_distance(view.mask)
-    relative = contrast / np.maximum(_local_mean(contrast, 1.2 * view.diameter), np.float32(1e-6))
-    height = _blur(inner, 0.05 * view.diameter) * np.sqrt(relative) * view.mask
+    around = _local_mean(contrast, 1.2 * view.diameter)
+    height = hills(_blur(inner, 0.05 * view.diameter), contrast, around, view.mask)
     window = np.ones((max(3, int(config.seed_distance * view.diameter) | 1),) * 2, np.uint8)
     tops = (height == cv2.dilate(height, window)) & (height > 0)
     seeds = cv2.connectedComponents(_as_mask(tops), connectivity=8)[1]
-    parts = flood(_steps(-height), cast(Labels, seeds), view.mask)
+    parts = flood(steps(-height, view.mask), cast(Labels, seeds), view.mask)
     return parts, height, *_merge(parts, inner, contrast, view.diameter, config.neck)
 
 
@@ -509,7 +534,7 @@ def _at_full_resolution(labels: Labels, height: Plane, clearance: Plane, shape: 
     inside = cv2.erode(values, around) == cv2.dilate(values, around)
     markers = cv2.resize(np.where(inside, labels, 0), shape[::-1], interpolation=cv2.INTER_NEAREST)
     mask = _as_mask((_resize(clearance, shape) > 0) | (markers > 0))
-    return flood(_steps(-_resize(height, shape)), cast(Labels, markers), mask)
+    return flood(steps(-_resize(height, shape), mask), cast(Labels, markers), mask)
 
 
 def _trim(
@@ -554,10 +579,15 @@ def _blur(plane: Plane, sigma: float) -> Plane:
 
 
 def _local_mean(plane: Plane, side: float) -> Plane:
-    """Mean over a square window; a wide one is taken at a resolution that leaves it eight px wide, for it is smooth."""
+    """Mean over a square window."""
+    return _resize(_coarse_mean(plane, side), plane.shape)
+
+
+def _coarse_mean(plane: Plane, side: float) -> Plane:
+    """Mean over a square window, of a resolution that leaves a wide one eight px wide, for it is smooth."""
     coarse = _reduced(plane, side / _SMOOTH_WINDOW)
     size = min(int(side * len(coarse) / len(plane)) | 1, 2 * min(coarse.shape) - 1)
-    return _resize(cast(Plane, cv2.blur(coarse, (size, size), borderType=cv2.BORDER_REFLECT)), plane.shape)
+    return cast(Plane, cv2.blur(coarse, (size, size), borderType=cv2.BORDER_REFLECT))
 
 
 def _reduced(plane: Plane, factor: float) -> Plane:
@@ -579,13 +609,6 @@ def _resize(plane: Plane, shape: tuple[int, int]) -> Plane:
 
 def _as_mask(flags: Flags) -> Mask:
     return flags.view(np.uint8)
-
-
-def _steps(landscape: Plane) -> Levels:
-    """A landscape in 4,096 steps from its lowest point to its highest, for the watershed."""
-    low, high = float(landscape.min()), float(landscape.max())
-    scale = 4095 / (high - low) if high > low else 0.0
-    return ((landscape - np.float32(low)) * np.float32(scale)).astype(np.uint16)
 
 
 def _inner_distance(mask: Mask) -> Plane:

@@ -252,7 +252,7 @@ def _measure(labels: npt.NDArray[np.integer[Any]], image: npt.NDArray[Any] | Non
     planes = np.zeros(labels.shape, np.int32)
     insides, frames, ids, places, areas, brightness = [], [], [], [], [], []
     for t, plane in enumerate(labels):
-        inside = np.flatnonzero(plane)
+        inside = np.flatnonzero(plane > 0)
         # TIFF files may come in another byte order, which pandas does not read.
         compact, label = pd.factorize(plane.ravel()[inside].astype(np.int64))
         area = np.bincount(compact, minlength=len(label)).astype(float)

@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 from scipy import ndimage
 from skimage.segmentation import watershed as skimage_watershed
 
-from screening.regions import contacts, find_regions, label_sums, watershed
+from screening.regions import contacts, cut, find_regions, hills, label_sums, steps, watershed
 
 Array = npt.NDArray[Any]
 
@@ -108,3 +108,37 @@ def test_sums_and_contacts_by_loops(labels: Array, seed: int) -> None:
                     pair = sorted((int(labels[y, x]), int(labels[v, u])))
                     expected.append((*pair, min(inner[y, x], inner[v, u]), min(contrast[y, x], contrast[v, u])))
     assert list(zip(*contacts(labels, inner, contrast), strict=True)) == expected
+
+
+@settings(deadline=None)
+@given(small_labels, st.integers(0, 2**32 - 1))
+def test_labels_are_cut_each_at_its_level(labels: Array, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    contrast = rng.random(labels.shape, np.float32)
+    name, level = np.array([9, 5, 5, 0], np.int32), rng.random(4, np.float32)
+    expected = [
+        [name[k] if k and c > level[k] else 0 for k, c in zip(*rows, strict=True)]
+        for rows in zip(labels, contrast, strict=True)
+    ]
+    np.testing.assert_array_equal(cut(labels, contrast, name, level), expected)
+
+
+@settings(deadline=None)
+@given(small_labels, st.integers(0, 2**32 - 1))
+def test_hills_and_their_steps(labels: Array, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    mask = (labels > 0).astype(np.uint8)
+    inner, contrast, around = rng.random((3, *labels.shape), np.float32)
+    around[rng.random(labels.shape) < 0.1] = 0
+    height = hills(inner, contrast, around, mask)
+    expected = inner * np.sqrt(contrast / np.maximum(around, 1e-6)) * mask
+    np.testing.assert_allclose(height, expected, rtol=1e-5)
+    levels = steps(height, mask)
+    assert not levels[mask == 0].any()
+    heights = height[mask > 0]
+    if heights.size and np.ptp(heights) > 0:
+        exact = (heights - heights.min()) / np.ptp(heights) * 4095
+        assert levels[mask > 0].max() >= 4094
+        np.testing.assert_allclose(levels[mask > 0], exact, atol=1)
+    else:
+        assert not levels.any()
