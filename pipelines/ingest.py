@@ -70,7 +70,7 @@ class Ingested:
         failed: what went wrong with each well that could not be written.
         sites: how many sites were written of each (shape, channels).
         left_out: see :class:`screening.layouts.Planes`.
-        missing: see :func:`screening.layouts.missing_planes`.
+        missing: see :func:`screening.layouts.missing_planes`; but for wells that another source has written.
         plate_map: where a plate map was written, or None.
     """
 
@@ -422,7 +422,10 @@ def _channels(
 def _headers(
     files: dict[str, tuple[str, int]], table: pd.DataFrame
 ) -> dict[tuple[str, str, int, str, int], ImageHeader]:
-    """What a few images say of themselves: of one site, one of each channel, the next time and the next z plane."""
+    """What a few images say of themselves: of one site, one of each channel, the next time and the next z plane.
+
+    It is the first site of which all of them can be read.
+    """
     for _, of_site in table.groupby(["well", "site"], sort=False):
         first = of_site.iloc[0]
         channels = of_site.drop_duplicates("channel")
@@ -442,8 +445,9 @@ def _existing(plate_url: str, name: str | None) -> tuple[set[str], str, IngestRe
     names = store.list_names(plate_url)
     if ".zattrs" in names or ".zgroup" in names:
         raise InputError(f"{plate_url}: is OME-Zarr 0.4, which is read but not added to; ingest into a new plate")
-    if all(entry == MISSING or re.fullmatch("[A-Z]{1,2}", entry) for entry in names):
-        # New, or rows that an interrupted ingest left without naming a well: those are written again.
+    if all(entry == MISSING or re.fullmatch(r"[A-Z]{1,2}|\..*", entry) for entry in names):
+        # New but for what systems hide in folders, or rows that an interrupted ingest left without naming a well: those
+        # are written again.
         return set(), check_name(name or plates.default_name(plate_url), "plate"), IngestRecord()
     plate = plates.open_plate(plate_url)
     if name is not None and name != plate.name:

@@ -843,6 +843,8 @@ def test_hidden_files_are_not_looked_at(tmp_path: Path, rng: np.random.Generator
     write(tmp_path / "P_A01_w1.TIF", pixels)
     (tmp_path / "._P_A01_w1.TIF").write_bytes(b"of macOS")
     write(tmp_path / ".snapshot" / "P_A01_w1.TIF", image(rng, 5, 6))
+    (tmp_path / "p.zarr").mkdir()
+    (tmp_path / "p.zarr" / ".DS_Store").write_bytes(b"of macOS")
     done = ingest(str(tmp_path), str(tmp_path / "p.zarr"), IngestOptions(layout=ImageXpressLayout()))
     assert done.files == {"A01": 1}
     np.testing.assert_array_equal(stored(tmp_path / "p.zarr", "A01", "1")[0, 0], pixels)
