@@ -62,7 +62,8 @@ class SiteFiles:
             height,
             width,
         )
-        self.dtype: np.dtype[Any] = np.dtype("f4") if z == "mean" else self._stored
+        # By its name, since C's long long equals NumPy's int64 and is unknown to Zarr.
+        self.dtype: np.dtype[Any] = np.dtype("f4" if z == "mean" else self._stored.name)
         self._held: dict[str, _Block] = {}
         self._held_time: int | None = None
 

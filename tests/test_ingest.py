@@ -828,7 +828,7 @@ def test_a_stack_is_read_once_and_not_kept(
     assert all(block() is None for block in read.values())
 
 
-@pytest.mark.parametrize("dtype", ["uint8", ">u2", "<u2", "int16", "float32"])
+@pytest.mark.parametrize("dtype", ["uint8", ">u2", "<u2", "int16", "float32", "int64", "uint64"])
 def test_pixels_keep_their_type(tmp_path: Path, dtype: str) -> None:
     pixels = np.arange(-15, 15).reshape(5, 6).astype(dtype)
     write(tmp_path / "A1.tif", pixels)
