@@ -448,7 +448,8 @@ def _count(inputs: Inputs, screen: Screen) -> Counts:
     assert counts["sites"] == total("sites done", "sites flagged: ", "sites failed: "), "no site is lost"
     assert counts["objects"] == total("objects in clips", "objects excluded: "), "no object is lost"
     assert counts["tracks"] == total("clips", "tracks excluded: "), "no track is lost"
-    return dict(counts)
+    # Reasons come last and in order, not as the wells happened to bring them.
+    return dict(sorted(counts.items(), key=lambda item: item[0] if ":" in item[0] else ""))
 
 
 def _count_well(screen: Screen, well: WellKey) -> Counter[str]:
