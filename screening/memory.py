@@ -9,7 +9,7 @@ _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 
 _LARGEST_KEPT = 2**25  # bytes: glibc takes no more
-_KEPT = 2**28  # bytes of freed memory at most
+_KEPT = 2**30  # bytes of freed memory at most
 
 
 def keep_freed_memory() -> None:

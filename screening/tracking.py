@@ -162,7 +162,7 @@ def track(
     """
     if labels.ndim != 3 or labels.dtype.kind not in "iu" or (labels.size and labels.min() < 0):
         raise InputError(f"labels must be (T, H, W) integers from 0 on, not {labels.ndim}-d {labels.dtype}")
-    if image is not None and (image.shape != labels.shape or not np.isfinite(image).all()):
+    if image is not None and (image.shape != labels.shape or not all(np.isfinite(plane).all() for plane in image)):
         raise InputError(f"image must be finite and of the labels' shape {labels.shape}, not {image.shape}")
     drift, removed = np.zeros((len(labels), 2)), np.zeros(len(labels), bool)
     if not labels.any():
