@@ -62,8 +62,8 @@ def open_inputs(config: InputsConfig) -> Inputs:
         InputError: saying what does not fit, where, and which setting or edit mends it.
     """
     lender = None if config.cells is None else _open_lender(config.cells)
-    plates = _open_plates(config.plates or ())
     plate_map, map_url = _read_plate_map(config, lender)
+    plates = _open_plates(config.plates or ())
     notes: list[str] = []
 
     mapped = set(well_keys(plate_map))
