@@ -40,7 +40,7 @@ def test_what_is_written_is_what_is_read(n: int, dim: int, k: int) -> None:
     assert (np.diff(scores, axis=1) <= 0).all()
     np.testing.assert_allclose(scores[:, :1], 1, atol=1e-6)
     assert (np.abs(scores) <= 1).all()
-    if dim > 1:
+    if dim > 2:  # in a plane some are too nearly parallel for float32 to tell apart
         assert positions[:, :1].ravel().tolist() == list(range(n))
 
 
