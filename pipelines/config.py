@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from screening.augmentation import AugmentConfig
 from screening.embedding import EmbedConfig
@@ -59,6 +59,11 @@ class InputsConfig(Config):
     unused_compounds: Literal["error", "skip"] = Field(
         "error", description="compounds of the table of compounds that are on no plate"
     )
+
+    @field_validator("plates", mode="before")
+    @classmethod
+    def _one_is_a_list_of_one(cls, plates: object) -> object:
+        return (plates,) if isinstance(plates, str) else plates
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

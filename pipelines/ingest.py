@@ -323,7 +323,7 @@ def _read_source(source: str, options: IngestOptions) -> tuple[dict[str, tuple[s
     if planes.ignored:
         console.print(
             f"note: {len(planes.ignored)} file(s) are not named as --layout {options.layout.method} says and are left "
-            f"out: {', '.join(planes.ignored[:_SHOWN])}",
+            f"out: {', '.join(planes.ignored[:_SHOWN])}{' …' if len(planes.ignored) > _SHOWN else ''}",
             soft_wrap=True,
             markup=False,
         )

@@ -24,6 +24,7 @@ from screening.clips import FixedScaling, PlateScaling, choose_frames
 from screening.illumination import Calibration, calibrate
 from screening.memory import keep_freed_memory
 from screening.quality import PlateQuality, flags_of_frames
+from screening.similarity import suggest
 from screening.site import SegmentConfig, Site, SiteError, SiteForm, check_form, process_site
 from storage_schemas.calibration import FLAT_FIELD, read_calibration, write_calibration
 from storage_schemas.clips import Clips, Ranges, write_clips
@@ -224,16 +225,21 @@ def _plate_forms(inputs: Inputs) -> dict[str, SiteForm]:
 def _check_forms(config: SegmentConfig, inputs: Inputs, forms: Mapping[str, SiteForm]) -> None:
     """Find before the work what no site of a plate could make good."""
     named = config.channels
-    wanted = [named.nucleus, named.cytoplasm, named.network, *(named.clips or ())]
+    wanted = [
+        *((setting, getattr(named, setting)) for setting in ("nucleus", "cytoplasm", "network")),
+        *(("clips", channel) for channel in named.clips or ()),
+    ]
     first = next(iter(forms), "")
     for name, form in forms.items():
         url = inputs.plates[name].url
-        missing = [channel for channel in wanted if channel is not None and channel not in form.channels]
-        if missing:
-            raise InputError(
-                f"{url}: has no channel {missing}; its channels are {list(form.channels)}: set "
-                "segment.channels.nucleus, .cytoplasm, .network and .clips to these names"
-            )
+        for setting, channel in wanted:
+            if channel is not None and channel not in form.channels:
+                near = suggest(channel, form.channels)
+                hint = f", did you mean {near[0]!r}?" if near else ""
+                raise InputError(
+                    f"{url}: has no channel {channel!r}; its channels are {list(form.channels)}: mend "
+                    f"segment.channels.{setting}{hint}"
+                )
         try:
             choose_frames(form.shape[0], config.clips)
             if isinstance(config.clips.scaling, FixedScaling):

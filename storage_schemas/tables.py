@@ -395,7 +395,12 @@ def read_user_table(url: str, sheet: str | None = None) -> pd.DataFrame:
 
 
 def _read_text(data: bytes) -> pd.DataFrame:
-    text = (gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data).decode("utf-8-sig")
+    content = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise InputError(f"line {line} is not UTF-8 text; in a spreadsheet, save it as CSV UTF-8") from error
     header = text.partition("\n")[0]
     # The header is read like any row: pandas would rename doubled columns and take surplus cells for an index.
     return pd.read_csv(

@@ -223,6 +223,7 @@ def test_a_configuration_given_relatively_finds_the_same_files(
 
 
 def test_absolute_paths_and_urls_stay(config_file: Path) -> None:
+    assert load(str(config_file), ["inputs.plates=/data/*.zarr"]).inputs.plates == ("/data/*.zarr",)
     settings = ["inputs.plates=[/data/a.zarr, memory://b.zarr]", "inputs.compounds=/data/c.csv"]
     inputs = load(str(config_file), settings).inputs
     assert inputs.plates == ("/data/a.zarr", "memory://b.zarr")

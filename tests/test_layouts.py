@@ -481,6 +481,15 @@ def test_names_of_another_layout_are_told(name: str, method: str) -> None:
                 parse([name], layout)
 
 
+def test_the_layout_of_most_names_is_told() -> None:
+    """A CellVoyager's correction images look like an ImageXpress's files, by a well that is on no plate."""
+    names = ["P_B02_T0001F001L01A01Z01C01.tif", "P_B03_T0001F001L01A01Z01C01.tif", "SC_BP445-45_20x v2_M01_CH01.tif"]
+    for method in ("imagexpress", "phenix"):
+        (layout,) = (layout for layout in VENDORS if layout.method == method)
+        with pytest.raises(InputError, match="they look like --layout cv8000"):
+            parse(names, layout)
+
+
 # --- instruments' metadata -------------------------------------------------------------------
 
 

@@ -318,7 +318,7 @@ def test_a_channel_that_does_not_exist(
         changed = ("--set", f"segment.{setting}", "--update")
         done = command("run", small_screen / "run.yaml", "--out", folder, *small_settings, *changed)
         assert (done.code, done.out) == (1, "")
-        assert "has no channel ['dapi']; its channels are ['nucleus', 'mitochondria', 'potential']" in done.err
+        assert "has no channel 'dapi'; its channels are ['nucleus', 'mitochondria', 'potential']" in done.err
         assert "segment.channels" in done.err
         assert {path.name for path in folder.iterdir()} == WRITTEN_ANEW
 

@@ -361,7 +361,7 @@ def test_numbers_in_a_users_parquet_become_text(tmp_path: Path) -> None:
         ("x.csv", b"plate,well,compound,role\np,A1,x\n", r"'role' is empty in line\(s\) \[2\]"),
         ("x.csv", b"plate,well,compound,Compound,role\np,A1,x,y,treatment\n", r"\['compound'\].*more than once"),
         ("x.csv", b"plate,well,compound,compound,role\np,A1,x,y,treatment\n", r"\['compound'\].*more than once"),
-        ("x.csv", b"plate,well,compound,role\np,A1,\xb5,treatment\n", "utf-8"),
+        ("x.csv", b"plate,well,compound,role\np,A1,\xb5,treatment\n", "line 2 is not UTF-8 text; in a spreadsheet"),
         ("x.csv.gz", b"\x1f\x8bnonsense", "cannot be read"),
         ("x.xlsx", b"nonsense", "cannot be read"),
         ("x.parquet", b"nonsense", "cannot be read"),

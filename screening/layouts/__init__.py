@@ -8,6 +8,7 @@ are promised and not there are listed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Annotated
 
 from pydantic import Field
@@ -71,7 +72,12 @@ def read(layout: Layout, images: Sequence[str], documents: dict[str, bytes]) -> 
     Raises:
         InputError: if no name is of this layout, saying of which it looks like; or as the layout's own ``read`` says.
     """
-    planes = layout.read(images, documents)
+    try:
+        planes = layout.read(images, documents)
+    except InputError as error:
+        if hint := _other(layout, images):
+            raise InputError(f"{error}{hint}") from error
+        raise
     if planes.table.empty:
         what = f"pattern {layout.pattern!r}" if isinstance(layout, PatternLayout) else f"layout {layout.method}"
         where = "; it is searched for in the path below the source folder" if layout.method == "pattern" else ""
@@ -86,14 +92,12 @@ def read(layout: Layout, images: Sequence[str], documents: dict[str, bytes]) -> 
 
 
 def _other(layout: Layout, images: Sequence[str]) -> str:
-    """Which layout names look like, if one of the others."""
+    """Which layout most names are of, if one of the others."""
+    found: dict[str, int] = {}
     for other in VENDORS:
-        if other.method == layout.method:
-            continue
-        try:
-            fits = not other.read(images, {}).table.empty
-        except InputError:
-            fits = True  # they are of its form, and their mistake will be told in turn
-        if fits:
-            return f"; they look like --layout {other.method}"
-    return ""
+        if other.method != layout.method:
+            # A folder with a mistake of its own is of that layout all the same; that will be told in turn.
+            with suppress(InputError):
+                found[other.method] = len(other.read(images, {}).table)
+    best = max(found, key=lambda method: found[method], default="")
+    return f"; they look like --layout {best}" if found.get(best, 0) > len(images) / 2 else ""
