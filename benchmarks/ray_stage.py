@@ -2,8 +2,9 @@
 
 Run on a machine with nothing else to do: ``python benchmarks/ray_stage.py [WELLS] [ROUNDS] [SIDE]``. Wells of one
 simulated site of 16 × 3 × SIDE² pixels. The loop does each well as the stage's tasks do, its process pinned to one
-core, with one thread. Excluded from both: starting Ray and its workers, importing and compiling in them, and the
-plates' calibration; a round that is not counted does all of it. Rounds alternate; medians.
+core, with one thread. A round that is not counted starts Ray, compiles and calibrates. Ray's workers of the round
+before are gone by the next, so beside the seconds of a round stands its pace, the seconds a well from the first ones
+done to the last, which leaves their start and imports out. Rounds alternate; medians.
 """
 
 from __future__ import annotations
@@ -57,6 +58,12 @@ def clear(screen: Screen, inputs: Inputs) -> None:
         screen.remove_unit(well)
 
 
+def pace(screen: Screen, inputs: Inputs, at_once: int) -> float:
+    """Wall seconds a well of the round just done, once ``at_once`` of them were done."""
+    done = sorted(os.stat(screen.cells(well)).st_mtime for well in inputs.wells)
+    return (done[-1] - done[at_once - 1]) / (len(done) - at_once)
+
+
 def main(wells: int, rounds: int, side: int) -> None:
     """Print the seconds of each round and the ratio of the medians."""
     cv2.setNumThreads(1)
@@ -88,16 +95,21 @@ def main(wells: int, rounds: int, side: int) -> None:
                     segment_well(context, well)
 
             times: dict[str, list[float]] = {"stage": [], "loop": []}
+            paces: dict[str, list[float]] = {"stage": [], "loop": []}
             for _ in range(rounds + 1):
                 clear(screen, inputs)
                 times["stage"].append(seconds(stage))
+                paces["stage"].append(pace(screen, inputs, CORES))
                 clear(screen, inputs)
                 times["loop"].append(seconds(lambda: pinned(loop)))
+                paces["loop"].append(pace(screen, inputs, 1))
     print(f"{len(inputs.wells)} wells of 16 × 3 × {side}², {os.cpu_count()} cores there, the first round not counted")
-    medians = {name: statistics.median(values[1:]) for name, values in times.items()}
-    for name, values in times.items():
-        print(f"{name:<6}{' '.join(f'{value:8.2f}' for value in values[1:])} s, median {medians[name]:.2f}")
-    print(f"ratio {medians['loop'] / medians['stage']:.2f}")
+    for what, taken in (("a round", times), ("a well, start-up left out", paces)):
+        medians = {name: statistics.median(values[1:]) for name, values in taken.items()}
+        print(f"seconds {what}:")
+        for name, values in taken.items():
+            print(f"  {name:<6}{' '.join(f'{value:8.2f}' for value in values[1:])}, median {medians[name]:.2f}")
+        print(f"  ratio {medians['loop'] / medians['stage']:.2f}")
 
 
 if __name__ == "__main__":
