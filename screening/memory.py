@@ -15,8 +15,7 @@ _KEPT = 2**30  # bytes of freed memory at most
 def keep_freed_memory() -> None:
     """Keep freed arrays for the next ones instead of giving them back to the system, where the C library can.
 
-    An image's worth of fresh memory is a thousand page faults, which cost more than most operations on it: without
-    this a plane's segmentation takes half as long again (``benchmarks/site.py``).
+    A plane's worth of fresh memory is a thousand page faults and more, which cost as much as the operations on it.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
