@@ -107,7 +107,9 @@ def import_cells(
         config={"import": {"source": source, "annotation": annotation, **config.model_dump(mode="json")}},
         inputs=fingerprint(mark, annotation_identity(plan.plate_map, plan.compounds)),
     )
-    screen.write_manifest(_continued(screen, manifest, update))
+    manifest = _continued(screen, manifest, update)
+    store.remove_partial(screen.url)
+    screen.write_manifest(manifest)
     write_table(screen.plate_map, plan.plate_map, PLATE_MAP)
     write_table(screen.compounds, plan.compounds, COMPOUNDS)
 

@@ -83,6 +83,7 @@ def run(
     screen = Screen(url, inputs.cells)
     _check_settings(config, inputs)
     previous = _previous(screen, config, inputs, update)
+    store.remove_partial(url)
     _write_start(config, screen, inputs, previous)
     for note in inputs.notes:
         console.print(f"note: {note}", soft_wrap=True)

@@ -156,6 +156,13 @@ def write_npz(url: str, fields: dict[str, NDArray[Any]]) -> None:
     write_bytes(url, sink.getvalue())
 
 
+def remove_partial(url: str) -> None:
+    """Remove what writers that were killed have left in a folder and below; nothing else may be writing there."""
+    if is_local(url):
+        for leftover in Path(filesystem(url)[1]).rglob("*.partial"):
+            leftover.unlink(missing_ok=True)
+
+
 def remove(url: str) -> None:
     """Remove a file or a whole folder; nothing happens if it is not there."""
     fs, path = filesystem(url)

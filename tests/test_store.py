@@ -214,6 +214,8 @@ def test_a_killed_writer_leaves_the_old_bytes_and_nothing_in_the_listing(tmp_pat
     assert store.read_bytes(url) == b"old"
     store.write_bytes(url, b"newer")
     assert store.read_bytes(url) == b"newer"
+    store.remove_partial(str(tmp_path.parent))
+    assert os.listdir(tmp_path) == ["x.bin"]
 
 
 def test_a_concurrent_reader_sees_one_write_whole(tmp_path: Path) -> None:
