@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import cv2
 import numpy as np
 import pandas as pd
 import torch
 
 from pipelines.inputs import well_keys
-from screening.augmentation import AugmentConfig, augment
+from screening.augmentation import AugmentConfig, apply, draw
 from storage_schemas.clips import read_clips
 from storage_schemas.screen import Screen
 from storage_schemas.tables import CELLS, open_table
@@ -104,6 +105,7 @@ class BatchReader:
     def __init__(self, sources: Mapping[str, ClipTable], config: AugmentConfig, cache_bytes: int) -> None:
         # Its share of the machine is a fraction of a core; more threads would take them from the training step.
         torch.set_num_threads(1)
+        cv2.setNumThreads(1)
         self._sources = sources
         self._config = config
         self._cache = ClipCache(cache_bytes)
@@ -112,7 +114,8 @@ class BatchReader:
         """Read one batch.
 
         Args:
-            row: ``kind`` (which source), ``positions`` in it, and the ``seed`` of the augmentation of kind ``train``.
+            row: ``kind`` (which source) and ``positions`` in it; for kind ``train`` also the ``seed`` of the
+                augmentation of the whole batch, how many clips ``of`` it there are, and where these ``start`` in it.
 
         Returns:
             kind, clips (n, C, T, H, W) as stored, label (n,) and name (n strings).
@@ -122,5 +125,7 @@ class BatchReader:
         if row["kind"] == "train":
             seed = np.random.SeedSequence([int(part) for part in row["seed"]])
             generator = torch.Generator().manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
-            pixels = augment(torch.from_numpy(pixels), self._config, generator).numpy()
+            # Drawn for the whole batch, so that a clip is changed alike whichever worker gets it.
+            drawn = draw(int(row["of"]), self._config, generator)[row["start"] : row["start"] + len(pixels)]
+            pixels = apply(torch.from_numpy(pixels), drawn, self._config).numpy()
         return {"kind": row["kind"], "clips": pixels, "label": picked.label, "name": picked.name.tolist()}

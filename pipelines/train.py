@@ -51,7 +51,7 @@ from storage_schemas.errors import SchemaError
 from storage_schemas.screen import Screen
 from storage_schemas.tables import SPLIT, TRAINING_METRICS, write_table
 
-OUTPUT_VERSION = 1  # raised when the same configuration gives another network
+OUTPUT_VERSION = 2  # raised when the same configuration gives another network
 
 CONTROL_CLASS = "negative control"
 
@@ -377,10 +377,16 @@ def _plan(job: _Job, epoch: int) -> np.ndarray[Any, Any]:
 def _training_rows(job: _Job, epoch: int, rank_: int, workers: int) -> list[dict[str, Any]]:
     plan = _plan(job, epoch)
     share = plan.shape[1] // workers
-    mine = plan[:, rank_ * share : (rank_ + 1) * share]
+    start = rank_ * share
     return [
-        {"kind": "train", "positions": positions, "seed": [job.seed, 3, epoch, number, rank_]}
-        for number, positions in enumerate(mine)
+        {
+            "kind": "train",
+            "positions": positions[start : start + share],
+            "seed": [job.seed, 3, epoch, number],
+            "start": start,
+            "of": len(positions),
+        }
+        for number, positions in enumerate(plan)
     ]
 
 
@@ -394,7 +400,7 @@ def _validation_rows(job: _Job, epoch: int, rank_: int, workers: int) -> list[di
         starts = range(0, len(clips.label) if _validates(job) else 0, _VALIDATION_BATCH)
         for start in starts:
             stop = min(start + _VALIDATION_BATCH, len(clips.label))
-            rows.append({"kind": kind, "positions": np.arange(start, stop), "seed": [epoch]})
+            rows.append({"kind": kind, "positions": np.arange(start, stop), "seed": [epoch], "start": 0, "of": 0})
     return rows[rank_::workers]
 
 
