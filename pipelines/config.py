@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from screening.augmentation import AugmentConfig
+from screening.baselines import BaselineConfig
 from screening.embedding import EmbedConfig
 from screening.evaluation import EvaluationConfig
 from screening.i3d import ModelConfig
@@ -116,6 +117,7 @@ class RunConfig(Config):
     embed: EmbedConfig = Field(EmbedConfig(), description="embedding of all clips")
     profiles: ProfilesConfig = Field(ProfilesConfig(), description="well and compound profiles")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="held-out tests")
+    baseline: BaselineConfig = Field(BaselineConfig(), description="hand-made features, for `screening compare`")
     max_failed_share: float = Field(
         0.5,
         ge=0,

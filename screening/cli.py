@@ -338,6 +338,28 @@ def sweep(
 
 
 @app.command()
+def compare(screen: ScreenArgument, settings: SetOption = None, output: FormatOption = Format.table) -> None:
+    """Is the network worth it? Its held-out tests beside those of hand-made features and of a plain classifier.
+
+    MitoReID's table of methods for a screen that has been run; the rivals are kept in SCREEN/compare, and what is done
+    is not repeated. Settings are those of the groups baseline and resources.
+    """
+    from pipelines.compare import compare as run_compare
+    from pipelines.compare import table
+
+    found = run_compare(screen, settings or ())
+    if output is Format.table:
+        for test in found.scores["test"].unique():
+            typer.echo(f"\nHeld-out {test}s, % (95 % interval over compounds)\n")
+            _print(table(found.scores, test), output)
+        typer.echo("\n" + "\n".join(found.notes))
+    else:
+        _print(found.scores, output)
+    if found.failed:
+        raise typer.Exit(Exit.SOME_FAILED)
+
+
+@app.command()
 def demo(
     out: Annotated[str, typer.Argument(help="Folder for the simulated plates and the screen.")] = "demo",
     settings: SetOption = None,

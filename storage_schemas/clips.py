@@ -131,6 +131,14 @@ def channel_names(array: zarr.Array[Any]) -> list[str]:
     return [str(name) for name in mark["channels"]]
 
 
+def frame_numbers(array: zarr.Array[Any]) -> list[int] | None:
+    """The movie's frames that the clips are made of, in order; None where they are not the same for all clips."""
+    mark = array.attrs.asdict()["screening"]
+    assert isinstance(mark, dict)
+    frames = mark["frames"]
+    return None if frames is None else [int(frame) for frame in frames]
+
+
 def read_ranges(url: str) -> Ranges | None:
     """The ranges of intensities of a well's clips; None where they are not known.
 

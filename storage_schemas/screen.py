@@ -186,6 +186,11 @@ class Screen:
         """The report, one HTML page."""
         return self._path("report.html")
 
+    @property
+    def comparison(self) -> str:
+        """Where `screening compare` keeps the methods that the screen's network is compared with."""
+        return self._path("compare")
+
     def _path(self, *parts: str) -> str:
         return store.join(self.url, *parts)
 

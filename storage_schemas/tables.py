@@ -181,6 +181,25 @@ SWEEP_RESULTS = TableForm(
     ),
 )
 
+COMPARISON = TableForm(
+    "comparison",
+    1,
+    pa.schema(
+        [
+            ("method", pa.string()),
+            ("test", pa.string()),  # what was held out: compound or replicate
+            ("contrast", pa.string()),  # the MOAs that retrieval was among
+            ("metric", pa.string()),
+            ("value", pa.float64()),  # null where there was nothing to score, like the three after it
+            ("low", pa.float64()),  # 95 % interval over compounds
+            ("high", pa.float64()),
+            ("chance", pa.float64()),
+            ("n_queries", pa.int32()),  # cells that were looked up
+            ("n_compounds", pa.int32()),  # that they are of
+        ]
+    ),
+)
+
 
 def embeddings_form(dimension: int) -> TableForm:
     """A row a cell: its key and its embedding, a fixed-size list of float32."""
