@@ -3,31 +3,45 @@
 As MitoReID uses it ("Deep learning large-scale drug discovery and repurposing", Nature
 Computational Science 2024): every two-dimensional convolution of a ResNet gains a time axis, and a
 batch-norm neck (Luo et al., CVPRW 2019) stands between the embedding that the metric losses see and
-the classifier.
+the classifier. Tensors are named as in Hara's code, so that weights released for it can be told apart
+(:func:`recognise`) and read (:func:`load_mitoreid`).
 
 Axis letters: N clips, C channels, T frames, H height, W width (px), D embedding dimension.
 """
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, Self, TypeAlias, get_args
 
-from pydantic import Field
+import torch
+from pydantic import Field, ValidationError, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
+from screening.torch_files import read_state_dict
 from storage_schemas.base import Config
 from storage_schemas.errors import InputError
 
 Stride: TypeAlias = tuple[int, int, int]
+Temporal: TypeAlias = Literal["standard", "retain", "image"]
 
 
 class ModelConfig(Config):
     """The shape of the network."""
 
-    depth: Literal[10, 18, 34, 50] = Field(18, description="layers: 10, 18 and 34 of basic blocks, 50 of bottlenecks")
+    depth: Literal[10, 18, 34, 50, 101] = Field(
+        18, description="layers: 10, 18 and 34 of basic blocks, 50 and 101 of bottlenecks"
+    )
+    cardinality: Literal[1, 32] = Field(
+        1, description="groups of a bottleneck's middle convolution; 32 makes a ResNeXt of depth 50 or 101"
+    )
     width: int = Field(64, ge=4, description="channels of the stem; the stages have 1, 2, 4 and 8 times as many")
-    temporal: Literal["standard", "retain", "image"] = Field(
+    temporal: Temporal = Field(
         "retain",
         description="time in the last stages: halved (standard) or kept (retain); image: one frame",
     )
@@ -40,8 +54,28 @@ class ModelConfig(Config):
     )
     shortcut: Literal["A", "B"] | None = Field(
         None,
-        description="where shapes change: A pads zeros, B projects; null: A, or B for depth 50",
+        description="where shapes change: A pads zeros, B projects; null: A, or B for depths 50 and 101",
     )
+
+    @model_validator(mode="after")
+    def _can_be_built(self) -> Self:
+        if self.stem_frames % 2 == 0:
+            raise ValueError(f"stem_frames is {self.stem_frames}: choose an odd number of frames")
+        if self.cardinality > 1 and self.depth not in _BOTTLENECK_DEPTHS:
+            raise ValueError(
+                f"cardinality {self.cardinality} groups the middle of a bottleneck, and depth {self.depth} has none: "
+                f"choose depth {' or '.join(map(str, _BOTTLENECK_DEPTHS))}, or cardinality 1"
+            )
+        if self.cardinality > 1 and self.width % 16:
+            raise ValueError(
+                f"width {self.width} cannot be shared by {self.cardinality} groups: choose a multiple of 16"
+            )
+        return self
+
+    @property
+    def name(self) -> str:
+        """What the field calls it: ``ResNet-18``, ``ResNeXt-101``."""
+        return f"{'ResNeXt' if self.cardinality > 1 else 'ResNet'}-{self.depth}"
 
 
 def frames_seen(config: ModelConfig, n_frames: int) -> list[int]:
@@ -75,11 +109,8 @@ class I3DResNet(nn.Module):
     def __init__(self, config: ModelConfig, in_channels: int, n_classes: int) -> None:
         super().__init__()
         self.config = config
-        if config.stem_frames % 2 == 0:
-            raise InputError(f"model.stem_frames is {config.stem_frames}: choose an odd number of frames")
-        blocks = _BLOCKS_PER_STAGE[config.depth]
-        block = Bottleneck if config.depth >= 50 else BasicBlock
-        project = (config.shortcut or ("B" if block is Bottleneck else "A")) == "B"
+        bottlenecks = config.depth in _BOTTLENECK_DEPTHS
+        project = (config.shortcut or ("B" if bottlenecks else "A")) == "B"
         # Halving time in every stage leaves one frame of 16; retaining it leaves four.
         late: Stride = (1, 2, 2) if config.temporal == "retain" else (2, 2, 2)
         strides: tuple[Stride, ...] = ((1, 1, 1), (2, 2, 2), late, late)
@@ -97,11 +128,17 @@ class I3DResNet(nn.Module):
         self.maxpool = nn.MaxPool3d(kernel_size=3, stride=2, padding=1)
         stages = []
         channels = width
-        for index, (depth, stride) in enumerate(zip(blocks, strides, strict=True)):
+        for index, (n_blocks, first) in enumerate(zip(_BLOCKS_PER_STAGE[config.depth], strides, strict=True)):
             planes = width * 2**index
-            stage = [block(channels, planes, stride, project)]
-            channels = planes * block.expansion
-            stage += [block(channels, planes, (1, 1, 1), project) for _ in range(depth - 1)]
+            stage: list[nn.Module] = []
+            for stride in (first, *[(1, 1, 1)] * (n_blocks - 1)):
+                block = (
+                    Bottleneck(channels, planes, stride, project, config.cardinality)
+                    if bottlenecks
+                    else BasicBlock(channels, planes, stride, project)
+                )
+                stage.append(block)
+                channels = block.out_channels
             stages.append(nn.Sequential(*stage))
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
 
@@ -124,7 +161,7 @@ class I3DResNet(nn.Module):
         """Embed and classify.
 
         Args:
-            x: normalised clips (N, C, T, H, W), any number of frames and any size.
+            x: normalised clips (N, C, T, H, W) float32, any number of frames and any size.
 
         Returns:
             Logits (N, n_classes) and embedding (N, D): in training the embedding before the neck,
@@ -134,7 +171,7 @@ class I3DResNet(nn.Module):
         x = functional.relu(self.bn1(self.conv1(x)), inplace=True)  # (N, width, T, H/2, W/2)
         x = self.maxpool(x)  # (N, width, T/2, H/4, W/4)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        before = x.mean(dim=(2, 3, 4))  # (N, D): adaptive, so any clip fits
+        before = x.mean(dim=(2, 3, 4))  # (N, D): the original's fixed average pool at its sizes, and any clip fits
         after = before if self.neck is None else self.neck(before)
         logits = self.classifier(after)
         return logits, before if self.training else after
@@ -143,10 +180,9 @@ class I3DResNet(nn.Module):
 class BasicBlock(nn.Module):
     """Two 3x3x3 convolutions around a shortcut."""
 
-    expansion = 1
-
     def __init__(self, channels: int, planes: int, stride: Stride, project: bool) -> None:
         super().__init__()
+        self.out_channels = planes
         self.conv1 = nn.Conv3d(channels, planes, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm3d(planes)
         self.conv2 = nn.Conv3d(planes, planes, 3, padding=1, bias=False)
@@ -161,18 +197,20 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """A 3x3x3 convolution between two 1x1x1 ones, around a shortcut."""
+    """A 3x3x3 convolution between two 1x1x1 ones, around a shortcut.
 
-    expansion = 4
+    A ResNeXt's (Xie et al., CVPR 2017) is twice as wide in the middle, in groups that do not see each other.
+    """
 
-    def __init__(self, channels: int, planes: int, stride: Stride, project: bool) -> None:
+    def __init__(self, channels: int, planes: int, stride: Stride, project: bool, cardinality: int) -> None:
         super().__init__()
-        out = planes * self.expansion
-        self.conv1 = nn.Conv3d(channels, planes, 1, bias=False)
-        self.bn1 = nn.BatchNorm3d(planes)
-        self.conv2 = nn.Conv3d(planes, planes, 3, stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm3d(planes)
-        self.conv3 = nn.Conv3d(planes, out, 1, bias=False)
+        self.out_channels = out = 4 * planes
+        middle = planes if cardinality == 1 else 2 * planes
+        self.conv1 = nn.Conv3d(channels, middle, 1, bias=False)
+        self.bn1 = nn.BatchNorm3d(middle)
+        self.conv2 = nn.Conv3d(middle, middle, 3, stride, padding=1, groups=cardinality, bias=False)
+        self.bn2 = nn.BatchNorm3d(middle)
+        self.conv3 = nn.Conv3d(middle, out, 1, bias=False)
         self.bn3 = nn.BatchNorm3d(out)
         self.downsample = _shortcut(channels, out, stride, project)
 
@@ -185,7 +223,10 @@ class Bottleneck(nn.Module):
 
 
 class PadShortcut(nn.Module):
-    """Shortcut A: every stride-th value (an average pool of kernel 1) and zeros as new channels."""
+    """Shortcut A: every stride-th value (an average pool of kernel 1) and zeros as new channels.
+
+    Gradients flow back through it; in Hara's code they do not, since it takes the bare data there.
+    """
 
     def __init__(self, channels: int, out: int, stride: Stride) -> None:
         super().__init__()
@@ -207,4 +248,197 @@ def _shortcut(channels: int, out: int, stride: Stride, project: bool) -> nn.Modu
     return PadShortcut(channels, out, stride)
 
 
-_BLOCKS_PER_STAGE = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
+@dataclass(frozen=True)
+class Recognised:
+    """Which network a file's tensors belong to.
+
+    Attributes:
+        config: the shape of that network; ``temporal`` is its default, since no tensor tells it.
+        in_channels: C of its clips.
+        n_classes: of its classifier, None if it has none.
+        names: our name -> name in the file.
+        unknown: names in the file that have no place in the network.
+    """
+
+    config: ModelConfig
+    in_channels: int
+    n_classes: int | None
+    names: Mapping[str, str]
+    unknown: tuple[str, ...]
+
+
+def recognise(tensors: Mapping[str, Tensor], source: str) -> Recognised:
+    """Tell from names and shapes which network tensors belong to, by Hara's and torchvision's names.
+
+    The layers may stand below any prefix (``module.``, ``backbone.``, ...). What stands outside of them is known by
+    its role, not its name: a batch norm of the embedding's size is the neck, a matrix (classes, D) the classifier.
+    That a tensor is recognised does not mean that its shape fits.
+
+    Args:
+        tensors: name -> tensor; convolutions in 3D or, as torchvision's, in 2D.
+        source: what to call the tensors in errors, such as the file's path.
+
+    Raises:
+        InputError: if they belong to no residual network, or to one that cannot be built.
+    """
+    prefixes = Counter(match[1] for name in tensors if (match := re.match(r"((?:.*\.)?)layer[1-4]\.\d+\.", name)))
+    if not prefixes:
+        raise InputError(
+            f"{source}: holds no residual network: none of its {len(tensors)} tensors is named like "
+            f"layer1.0.conv1.weight; it begins with {', '.join(list(tensors)[:3]) or 'nothing'}"
+        )
+    prefix = prefixes.most_common(1)[0][0]
+    body = re.compile(re.escape(prefix) + r"((?:conv1|bn1|layer[1-4]\.\d+)\..+)")
+    names = {match[1]: name for name in tensors if (match := body.fullmatch(name))}
+    shapes = {ours: tuple(tensors[theirs].shape) for ours, theirs in names.items()}
+
+    # The most common of several, so that one misshapen tensor is named and not all the others.
+    widths = Counter(shape[0] for name, shape in shapes.items() if name.startswith(("conv1.", "bn1.")) and shape)
+    middle = [shape for name, shape in shapes.items() if name.endswith(".conv2.weight") and len(shape) > 1]
+    groups = Counter(out // max(1, within) for out, within, *_ in middle)
+    bottlenecks = any(".conv3." in name for name in names)
+    width = widths.most_common(1)[0][0] if widths else ModelConfig().width
+    stem = shapes.get("conv1.weight", ())
+    choices = {
+        "depth": _depth(names, bottlenecks, source),
+        "cardinality": groups.most_common(1)[0][0] if groups and bottlenecks else 1,
+        "width": width,
+        "stem_frames": stem[2] if len(stem) == 5 and stem[2] % 2 else ModelConfig().stem_frames,
+        "shortcut": "B" if any(".downsample." in name for name in names) else "A",
+    }
+    heads = _heads(tensors, set(tensors) - set(names.values()), embedding_dim=width * (32 if bottlenecks else 8))
+    names |= heads
+    choices["neck"] = any(name.startswith("neck.") for name in heads)
+    classifier = heads.get("classifier.weight")
+    try:
+        config = ModelConfig.model_validate(choices)
+    except ValidationError as error:
+        problems = "; ".join(" ".join([*map(str, entry["loc"]), entry["msg"]]) for entry in error.errors())
+        raise InputError(f"{source}: holds a network that cannot be built: {problems}") from error
+    taken = set(names.values())
+    return Recognised(
+        config=config,
+        in_channels=stem[1] if len(stem) > 1 else 3,
+        n_classes=None if classifier is None else tensors[classifier].shape[0],
+        names=names,
+        unknown=tuple(name for name in tensors if name not in taken),
+    )
+
+
+def _depth(names: Iterable[str], bottlenecks: bool, source: str) -> int:
+    """The smallest network that has all the blocks, so that those of an incomplete file can be named."""
+    found = {match[1] for name in names if (match := re.match(r"(layer[1-4]\.\d+)\.", name))}
+    last = [
+        max((int(b.partition(".")[2]) for b in found if b.startswith(f"layer{i}.")), default=-1) for i in range(1, 5)
+    ]
+    for depth, blocks in _BLOCKS_PER_STAGE.items():
+        if (depth in _BOTTLENECK_DEPTHS) == bottlenecks and all(n < m for n, m in zip(last, blocks, strict=True)):
+            return depth
+    kind = "bottlenecks" if bottlenecks else "basic blocks"
+    raise InputError(
+        f"{source}: its stages have {tuple(n + 1 for n in last)} {kind}, more than any network here; depths are "
+        f"{', '.join(map(str, _BLOCKS_PER_STAGE))}"
+    )
+
+
+def _heads(tensors: Mapping[str, Tensor], rest: set[str], embedding_dim: int) -> dict[str, str]:
+    """Neck and classifier among what stands outside the layers: our name -> name in the file."""
+    modules: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name in tensors:
+        if name in rest:
+            module, _, leaf = name.rpartition(".")
+            modules[module][leaf] = tensors[name]
+    necks = [name for name, leaves in modules.items() if "running_mean" in leaves or "running_var" in leaves]
+    linear = [name for name, leaves in modules.items() if "weight" in leaves and leaves["weight"].ndim == 2]
+    classifiers = [name for name in linear if name not in necks]
+    heads: dict[str, str] = {}
+    for ours, candidates, leaves in (("neck", necks, _NECK), ("classifier", classifiers, _CLASSIFIER)):
+        # One of another size is the second best: it will be named as misshapen.
+        sized = [c for c in candidates if any(embedding_dim in tensor.shape[-1:] for tensor in modules[c].values())]
+        for module in (sized or candidates)[:1]:
+            heads |= {f"{ours}.{leaf}": f"{module}.{leaf}".lstrip(".") for leaf in leaves if leaf in modules[module]}
+    return heads
+
+
+def load_mitoreid(path: str | os.PathLike[str], temporal: Temporal = "retain") -> I3DResNet:
+    """The network of a checkpoint that MitoReID released, or of any other of Hara's networks in that form.
+
+    The file is a torch file whose ``state_dict`` holds the tensors, or that is one itself; nothing in it is run.
+    Depth, cardinality, shortcut, neck, width, channels and classes are told from the tensors. A classifier without
+    bias gets one of zeros, which changes nothing.
+
+    Args:
+        path: file or URL.
+        temporal: how the network treats time, which no tensor tells: ``retain`` or ``standard`` for sequences,
+            ``image`` for the network of one frame.
+
+    Returns:
+        The network on the CPU in float32, in evaluation mode.
+
+    Raises:
+        InputError: if the file is missing, cut short, no torch file or holds code; or naming every tensor that
+            is missing, unexpected, misshapen or holds values that are no numbers.
+    """
+    if temporal not in get_args(Temporal):
+        raise InputError(f"temporal is {temporal!r}: choose one of {', '.join(get_args(Temporal))}")
+    source = os.fspath(path)
+    tensors = read_state_dict(source)
+    found = recognise(tensors, source)
+    with torch.device("meta"):  # no weights are drawn that would be overwritten
+        config = found.config.model_copy(update={"temporal": temporal})
+        network = I3DResNet(config, found.in_channels, found.n_classes or 1)
+    expected = network.state_dict()
+    if problems := _misfits(expected, tensors, found):
+        raise InputError(
+            f"{source}: does not fit a {config.name} with shortcut {config.shortcut}, "
+            f"{'a neck' if config.neck else 'no neck'} and {found.n_classes or 'no'} classes:\n  "
+            + "\n  ".join(problems)
+        )
+    state = {name: torch.zeros(expected[name].shape) for name in expected if _may_lack(name)}
+    state |= {ours: tensors[theirs] for ours, theirs in found.names.items()}
+    network.to_empty(device="cpu").load_state_dict(state)
+    return network.eval()
+
+
+def _misfits(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], found: Recognised) -> list[str]:
+    """What keeps a file from being a network, a line a tensor."""
+    lines = []
+    for ours, like in expected.items():
+        theirs = found.names.get(ours)
+        if theirs is None:
+            if ours == "classifier.weight":
+                lines.append(f"missing: classifier.weight, a matrix (classes, {like.shape[1]}) by any name")
+            elif not _may_lack(ours):
+                lines.append(f"missing: {ours} {tuple(like.shape)}")
+        elif tensors[theirs].shape != like.shape:
+            lines.append(f"misshapen: {theirs} {tuple(tensors[theirs].shape)}, expected {tuple(like.shape)}")
+        elif problem := unusable(tensors[theirs]):
+            lines.append(f"unusable: {theirs} {problem}")
+    surplus = [theirs for ours, theirs in found.names.items() if ours not in expected]
+    return lines + [f"unexpected: {name} {tuple(tensors[name].shape)}" for name in (*surplus, *found.unknown)]
+
+
+def unusable(tensor: Tensor) -> str:
+    """Why a tensor cannot be a network's, empty if it can."""
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex() or tensor.device.type != "cpu":
+        return "is not stored as plain real numbers"
+    if not bool(torch.isfinite(tensor).all()):
+        return "holds values that are NaN or infinite"
+    return ""
+
+
+def _may_lack(name: str) -> bool:
+    """A classifier may be without bias, and old torch did not count batches."""
+    return name == "classifier.bias" or name.endswith(".num_batches_tracked")
+
+
+_BLOCKS_PER_STAGE = {
+    10: (1, 1, 1, 1),
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+}
+_BOTTLENECK_DEPTHS = (50, 101)
+_NECK = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+_CLASSIFIER = ("weight", "bias")

@@ -42,6 +42,8 @@ FORBIDDEN: dict[str, set[str]] = {
 LET_OFF = {
     "screening.cellpose_model": NETWORK,
     "screening.i3d": NETWORK,
+    "screening.torch_files": NETWORK,
+    "screening.initialisation": NETWORK,
     "screening.losses": NETWORK,
     "screening.augmentation": NETWORK,
     "screening.training": NETWORK,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hara import Hara
 from torch import nn
 
 from screening.i3d import I3DResNet, ModelConfig, PadShortcut, frames_seen
@@ -112,6 +113,45 @@ def test_frames_seen() -> None:
         frames_seen(small(temporal="image", image_frame=4), 4)
 
 
-def test_even_stem_is_refused() -> None:
-    with pytest.raises(InputError, match="odd"):
-        I3DResNet(small(stem_frames=4), in_channels=3, n_classes=2)
+@pytest.mark.parametrize(
+    ("choices", "told"),
+    [
+        ({"stem_frames": 4}, "stem_frames is 4: choose an odd number"),
+        ({"depth": 18, "cardinality": 32, "width": 16}, "depth 18 has none: choose depth 50 or 101, or cardinality 1"),
+        ({"depth": 101, "cardinality": 32, "width": 24}, "choose a multiple of 16"),
+        ({"depth": 152}, "10, 18, 34, 50 or 101"),
+        ({"cardinality": 8}, "1 or 32"),
+    ],
+)
+def test_a_network_that_cannot_be_built_is_refused(choices: dict[str, int], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        small(**choices)
+
+
+@pytest.mark.parametrize(
+    ("depth", "shortcut", "cardinality"),
+    [(10, "A", 1), (18, "B", 1), (34, "A", 1), (50, "A", 1), (50, "B", 32), (101, "B", 1), (101, "A", 32)],
+)
+def test_tensors_are_those_of_the_original(depth: int, shortcut: str, cardinality: int) -> None:
+    with torch.device("meta"):
+        config = ModelConfig.model_validate({"depth": depth, "shortcut": shortcut, "cardinality": cardinality})
+        ours = I3DResNet(config, in_channels=3, n_classes=38)
+        theirs = Hara(depth, shortcut, cardinality=cardinality, neck="neck")
+    assert {name: t.shape for name, t in ours.state_dict().items()} == {
+        name: t.shape for name, t in theirs.state_dict().items()
+    }
+
+
+def test_a_resnext_shares_the_middle_of_its_blocks_among_groups() -> None:
+    with torch.device("meta"):
+        network = I3DResNet(ModelConfig(depth=101, cardinality=32), in_channels=3, n_classes=38)
+    assert network.config.name == "ResNeXt-101"
+    assert [len(stage) for stage in (network.layer1, network.layer2, network.layer3, network.layer4)] == [3, 4, 23, 3]
+    for planes, stage in zip(
+        (128, 256, 512, 1024), (network.layer1, network.layer2, network.layer3, network.layer4), strict=True
+    ):
+        for block in stage:
+            assert block.conv2.groups == 32
+            assert block.conv2.in_channels == block.conv2.out_channels == 32 * (planes // 32)
+            assert block.conv3.out_channels == 2 * planes
+    assert network.embedding_dim == 2048
