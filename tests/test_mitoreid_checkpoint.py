@@ -22,7 +22,7 @@ SMALL = {"width": 4, "frames": 4, "size": 32, "classes": 5}
 
 
 def small(depth: int = 10, shortcut: str = "A", temporal: str = "retain", **choices: Any) -> Hara:
-    return fill(Hara(depth, shortcut, temporal, **{**SMALL, **choices}))  # type: ignore[return-value]
+    return fill(Hara(depth, shortcut, temporal, **{**SMALL, **choices}))
 
 
 def assert_same_answers(ours: torch.nn.Module, theirs: torch.nn.Module, x: torch.Tensor) -> None:
@@ -57,7 +57,7 @@ def test_a_released_network_answers_as_the_original(
 ) -> None:
     frames = 1 if temporal == "image" else 8
     theirs = small(depth, shortcut, temporal, frames=frames, **choices)
-    ours = load_mitoreid(release(theirs, tmp_path / "best.pth"), temporal=temporal)  # type: ignore[arg-type]
+    ours = load_mitoreid(release(theirs, tmp_path / "best.pth"), temporal=temporal)
     assert not ours.training
     x = torch.randn(3, choices.get("channels", 3), frames, 32, 32, generator=torch.Generator().manual_seed(1))
     assert_same_answers(ours, theirs.eval(), x)
@@ -70,7 +70,7 @@ def test_the_published_networks_answer_as_the_original(
     tmp_path: Path, depth: int, shortcut: str, temporal: str
 ) -> None:
     theirs = fill(Hara(depth, shortcut, temporal)).eval()
-    ours = load_mitoreid(release(theirs, tmp_path / "best.pth"), temporal=temporal)  # type: ignore[arg-type]
+    ours = load_mitoreid(release(theirs, tmp_path / "best.pth"), temporal=temporal)
     assert_same_answers(ours, theirs, torch.randn(1, 3, 16, 112, 112, generator=torch.Generator().manual_seed(1)))
     expected = {18: 33_050_598, 50: 46_280_934}[depth]
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters()) == expected
@@ -229,13 +229,13 @@ def test_what_is_no_network_is_refused(tmp_path: Path, state: object, told: str)
 
 def test_deeper_networks_are_told_from_ours(tmp_path: Path) -> None:
     with torch.device("meta"):
-        names = Hara(152, "B", **SMALL).state_dict()  # type: ignore[arg-type]
+        names = Hara(152, "B", **SMALL).state_dict()
     assert "(3, 8, 36, 3) bottlenecks" in refusal(tmp_path, dict.fromkeys(names, torch.zeros(1)))
 
 
 def test_another_treatment_of_time_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="standard, retain, image"):
-        load_mitoreid(release(small(), tmp_path / "x.pth"), temporal="keep")  # type: ignore[arg-type]
+        load_mitoreid(release(small(), tmp_path / "x.pth"), temporal="keep")
 
 
 class Harmful:
