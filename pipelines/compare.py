@@ -193,11 +193,10 @@ def _embed(
         cells = cells.append_column("embedding", vector_column(vectors[rows]))
         write_table(rival.embeddings(WellKey.parse(str(well))), cells, form, mark)
     counts = {"wells": len(groups), "cells": len(keys), "trained on": int(trained.sum())}
-    undefined = 1 - np.isfinite(summary).mean()
-    left_out = int((scaler.scale == 0).sum())
+    undefined = int((~np.isfinite(summary)).sum())
     return counts, [
-        f"{undefined:.2%} of {len(keys):,} cells' {summary.shape[1]} statistics of features are not defined and count "
-        f"as the mean of the training cells; {left_out} do not vary among these and are left out."
+        f"{undefined:,} of {summary.size:,} statistics of features are not defined and count as the mean of the training "
+        f"cells; {(scaler.scale == 0).sum()} of {len(scaler.scale)} do not vary among these and are left out."
     ]
 
 
