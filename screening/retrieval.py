@@ -4,6 +4,11 @@ Cosine distance, as MitoReID (Nature Computational Science 2024) evaluates: cand
 are the gallery entries outside its own group (there: the same experiment and drug), ordered by
 distance with ties by gallery position, and only queries that have a match among them count.
 
+The order is that of float64, found at the cost of float32. A match's rank is one more than the
+number of candidates before it, so nothing is sorted: a float32 product places all candidates on a
+fine grid, those in cells above the match are counted, and the few that are too near to it for
+float32 to tell are compared in float64.
+
 Shapes: n queries, N gallery entries, D dimensions.
 """
 
@@ -11,8 +16,9 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import numba
 import numpy as np
 import numpy.typing as npt
 
@@ -22,11 +28,14 @@ Labels = Sequence[Hashable] | npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-# Similarities of one chunk of queries; memory beyond the gallery itself stays near twice this.
+# Similarities of one chunk of queries: the memory that is needed beyond the gallery and its float32 copy.
 _CHUNK_BYTES = 2**26
-# Cosines are kept as integer multiples of 2**-40: a matrix product rounds the last bits of equal
-# vectors differently by their place in a block, and equal vectors must tie.
+_TILE = 4096  # gallery rows that are in float64 at a time
+# Cosines are compared as integer multiples of 2**-40: vectors of one direction and other lengths
+# differ in the last bits, and must tie.
 _COSINE_STEPS = 2.0**40
+_ROUNDING = 2.0**-24  # of one float32 operation, relative
+_GRID_CELLS = 2**14  # half a core's L1 cache; few entries share a cell
 
 
 @dataclass(frozen=True)
@@ -64,8 +73,8 @@ def rank(
 ) -> Ranking:
     """Rank the gallery for every query and score where the matches are.
 
-    Exact, in float64; queries go through in chunks, so memory is the gallery's plus a constant.
-    Cosines closer than about 1e-12 are ties.
+    The order is that of cosines in float64; those closer than about 1e-12 are ties. Queries go
+    through in chunks: memory is a float32 copy of the gallery plus a constant.
 
     Args:
         query: (n, D) finite vectors of any length; a zero vector has cosine 0 with everything.
@@ -83,22 +92,22 @@ def rank(
         raise InputError(f"max_rank is {max_rank}; a CMC curve needs at least rank 1")
     scorer = _Scorer(query, query_group, gallery, gallery_group)
     query_code, gallery_code = encode(query_label, gallery_label, scorer.shape, "label")
-    same_label = Members(gallery_code)
+    same_label = Members(gallery_code, query_code)
 
     n = scorer.shape[0]
     average_precision = np.full(n, np.nan)
     first_match, closest, n_matches = (np.zeros(n, np.int64) for _ in range(3))
-    for start, block in scorer.blocks():
-        closest[start : start + len(block)] = _closest(block)
-        for i, row in enumerate(block, start):
-            positions = same_label.of(query_code[i])
-            positions = positions[row[positions] > -np.inf]
-            if not positions.size:
-                continue
-            ranks = _ranks(row, positions)
-            n_matches[i] = ranks.size
-            first_match[i] = ranks[0]
-            average_precision[i] = np.mean(np.arange(1, ranks.size + 1) / ranks)
+    for chunk, block, highest, exact in scorer.blocks():
+        closest[chunk], n_matches[chunk], first_match[chunk], average_precision[chunk], settled = _score(
+            block, highest, exact, query_code[chunk], same_label.order, same_label.bounds
+        )
+        for i in np.flatnonzero(~settled):
+            at = chunk.start + i
+            row = _in_steps(exact, int(i), block[i])
+            closest[at], ranks = _sorted(row, same_label.of(query_code[at]))
+            if ranks.size:
+                first_match[at] = ranks[0]
+                average_precision[at] = np.mean(np.arange(1, ranks.size + 1) / ranks)
 
     counted = first_match > 0
     n_counted = int(counted.sum())
@@ -130,8 +139,10 @@ def nearest(
     """
     scorer = _Scorer(query, query_group, gallery, gallery_group)
     found = np.zeros(scorer.shape[0], np.int64)
-    for start, block in scorer.blocks():
-        found[start : start + len(block)] = _closest(block)
+    for chunk, block, highest, exact in scorer.blocks():
+        found[chunk], settled = _closest(block, highest, exact)
+        for i in np.flatnonzero(~settled):
+            found[chunk.start + i], _ = _sorted(_in_steps(exact, int(i), block[i]), np.zeros(0, np.int64))
     return found
 
 
@@ -254,21 +265,51 @@ class Members:
 
     Args:
         codes: (N,) codes from 0.
+        asked: codes that may be asked for too, though no position carries them.
+
+    Attributes:
+        order: (N,) int64, the positions sorted by code.
+        bounds: where in ``order`` the positions of each code begin, and the last ones end.
     """
 
-    def __init__(self, codes: Ints) -> None:
-        self._order = np.argsort(codes, kind="stable")
-        self._bounds = np.searchsorted(codes[self._order], np.arange(codes.max(initial=-1) + 2))
+    def __init__(self, codes: Ints, asked: Ints | None = None) -> None:
+        top = max(codes.max(initial=-1), -1 if asked is None else asked.max(initial=-1))
+        self.order = np.argsort(codes, kind="stable")
+        self.bounds = np.searchsorted(codes[self.order], np.arange(top + 2))
 
     def of(self, code: int) -> Ints:
         """Positions with that code; none for a code that does not occur."""
-        if code + 1 >= len(self._bounds):
-            return self._order[:0]
-        return self._order[self._bounds[code] : self._bounds[code + 1]]
+        return self.order[self.bounds[code] : self.bounds[code + 1]]
+
+
+class _Exact(NamedTuple):
+    """What a chunk's cosines are computed from in float64 where float32 does not tell.
+
+    Attributes:
+        query: (chunk, D) float64, unit rows.
+        gallery: (N, D) float32 or float64, as given.
+        scale: (N,) float64, the inverse of the gallery's lengths.
+        shift: (chunk,) float64, by how much the float32 values lie below the cosines.
+        tolerance: (chunk,) float64, how far a float32 value of 0 may be off; see :func:`_off`.
+    """
+
+    query: Floats
+    gallery: npt.NDArray[Any]
+    scale: Floats
+    shift: Floats
+    tolerance: Floats
 
 
 class _Scorer:
-    """Cosines of queries to gallery, chunk by chunk; the query's own group is at minus infinity."""
+    """Similarities of queries to gallery, chunk by chunk; the query's own group is at minus infinity.
+
+    With unit vectors q and g and the mean m of the latter, ``(q - m)·(g - m) + m·(g - m) = q·g - q·m``: the same
+    order for each query, and of numbers so small that float32 rounds little off embeddings that all look alike.
+
+    How far float32 may be off is not proven (worst cases are far from what happens) but twice what was found, and
+    checked: whatever is compared in float64 is also held against its float32 value, and a query for which one is off
+    by more than half of what is allowed is ranked in float64 altogether.
+    """
 
     def __init__(
         self,
@@ -277,10 +318,7 @@ class _Scorer:
         gallery: npt.ArrayLike,
         gallery_group: Labels,
     ) -> None:
-        # Query and gallery are scaled by their lengths around the product: a float64 gallery
-        # is then never copied.
-        self._query = np.asarray(query)
-        self._gallery = np.asarray(gallery, dtype=np.float64)
+        self._query, self._gallery = _floats(query), _floats(gallery)
         for name, rows in (("query", self._query), ("gallery", self._gallery)):
             if rows.ndim != 2:
                 raise InputError(f"{name} has shape {rows.shape}; expected (vectors, dimensions)")
@@ -290,45 +328,273 @@ class _Scorer:
                 f"{self._gallery.shape[1]}; embed both with the same model"
             )
         self._query_length = lengths(self._query, "query")
-        self._gallery_scale = _COSINE_STEPS / lengths(self._gallery, "gallery")
+        self._scale = 1 / lengths(self._gallery, "gallery")
         self.shape = len(self._query), len(self._gallery)
         self._query_group, codes = encode(query_group, gallery_group, self.shape, "group")
-        self._same_group = Members(codes)
-        own = np.array([self._same_group.of(code).size for code in self._query_group], np.int64)
-        self.n_candidates = self.shape[1] - own
+        self._same_group = Members(codes, self._query_group)
+        self.n_candidates = self.shape[1] - np.diff(self._same_group.bounds)[self._query_group]
+        self._centre()
 
-    def blocks(self) -> Iterator[tuple[int, Floats]]:
-        """(first query, (chunk, N) cosines in steps); the array is reused, take nothing along."""
+    def _centre(self) -> None:
+        """Set the mean unit vector, the gallery about it in float32, and what the mean adds."""
+        n, dims = self._gallery.shape
+        tiles = [slice(start, start + _TILE) for start in range(0, n, _TILE)]
+        self._mean = np.zeros(dims)
+        for tile in tiles:
+            self._mean += self._scale[tile] @ self._gallery[tile] / n
+        self._centred = np.empty((n, dims), np.float32)
+        self._along_mean = np.empty(n, np.float32)
+        self._radius = 0.0
+        for tile in tiles:
+            rows = self._gallery[tile] * self._scale[tile, None] - self._mean
+            self._centred[tile] = rows
+            self._along_mean[tile] = rows @ self._mean
+            self._radius = max(self._radius, float(np.linalg.norm(rows, axis=1).max()))
+
+    def blocks(self) -> Iterator[tuple[slice, npt.NDArray[np.float32], npt.NDArray[np.float32], _Exact]]:
+        """Which queries, their (chunk, N) similarities, the largest of each, and what is needed to look closer.
+
+        The array of similarities is reused.
+        """
         n, n_gallery = self.shape
-        size = max(1, min(n, _CHUNK_BYTES // (8 * max(n_gallery, 1))))
-        buffer = np.empty((size, n_gallery))
+        size = max(1, min(n, _CHUNK_BYTES // (4 * max(n_gallery, 1))))
+        buffer = np.empty((size, n_gallery), np.float32)
         for start in range(0, n, size):
             chunk = slice(start, min(start + size, n))
             block = buffer[: chunk.stop - start]
             # Division by a float64 length makes float64 of any query.
-            scaled = self._query[chunk] / self._query_length[chunk, None]
-            np.matmul(scaled, self._gallery.T, out=block)
-            block *= self._gallery_scale
-            np.rint(block, out=block)
+            unit = self._query[chunk] / self._query_length[chunk, None]
+            about_mean = unit - self._mean
+            np.matmul(about_mean.astype(np.float32), self._centred.T, out=block)
+            block += self._along_mean
             for row, group in zip(block, self._query_group[chunk], strict=True):
                 row[self._same_group.of(group)] = -np.inf
-            yield start, block
+            highest = block.max(axis=1, initial=-np.inf)
+            yield (
+                chunk,
+                block,
+                highest,
+                _Exact(unit, self._gallery, self._scale, unit @ self._mean, self._tolerance(about_mean)),
+            )
+
+    def _tolerance(self, about_mean: Floats) -> Floats:
+        largest = np.linalg.norm(about_mean, axis=1) * self._radius
+        return np.asarray(8 * _ROUNDING * largest + 1 / _COSINE_STEPS)
 
 
-def _ranks(row: Floats, matches: Ints) -> Ints:
-    """Ascending ranks (from 1) of the matches in descending ``row``, ties by position."""
-    ordered = np.sort(row)
-    not_above = np.searchsorted(ordered, np.sort(row[matches])[::-1], side="right")
-    # Sorting values is cheaper than sorting positions, which only ties need.
-    if np.any(ordered[not_above - 1] == ordered[not_above - 2]):
-        is_match = np.zeros(row.size, bool)
-        is_match[matches] = True
-        return np.flatnonzero(is_match[np.argsort(-row, kind="stable")]) + 1
-    return np.asarray(row.size - not_above + 1)
+def _floats(values: npt.ArrayLike) -> npt.NDArray[Any]:
+    array = np.asarray(values)
+    kept = array.dtype in (np.float32, np.float64)
+    return np.ascontiguousarray(array) if kept else array.astype(np.float64, order="C")
 
 
-def _closest(block: Floats) -> Ints:
-    if not block.shape[1]:
-        return np.full(len(block), -1)
-    found = block.argmax(axis=1)
-    return np.where(block[np.arange(len(block)), found] > -np.inf, found, -1)
+def _in_steps(exact: _Exact, i: int, similar: npt.NDArray[np.float32]) -> Floats:
+    """(N,) cosines of one query in steps; what is at minus infinity stays there."""
+    return np.where(similar > -np.inf, _all_steps(exact, i), -np.inf)
+
+
+def _sorted(row: Floats, matches: Ints) -> tuple[int, Ints]:
+    """The first candidate (-1: there is none) and the ascending ranks of the matches, by sorting a row."""
+    order = np.argsort(-row, kind="stable")[: np.count_nonzero(row > -np.inf)]
+    is_match = np.zeros(row.size, bool)
+    is_match[matches] = True
+    return int(order[0]) if order.size else -1, np.flatnonzero(is_match[order]) + 1
+
+
+# --- in a chunk: plain loops, compiled -----------------------------------------------------------
+
+
+@numba.njit(cache=True, nogil=True)
+def _score(
+    block: npt.NDArray[np.float32],
+    highest: npt.NDArray[np.float32],
+    exact: _Exact,
+    code: Ints,
+    order: Ints,
+    bounds: Ints,
+) -> tuple[Ints, Ints, Ints, Floats, npt.NDArray[np.bool_]]:
+    """Nearest candidate, number of matches, rank of the first and average precision of a chunk's queries.
+
+    Args:
+        block: (chunk, N) similarities.
+        highest: (chunk,) the largest of each row.
+        exact: what they are looked at more closely with.
+        code: (chunk,) labels.
+        order: gallery positions by label.
+        bounds: where each label's begin in it.
+
+    Returns:
+        Four arrays (chunk,), and which queries are settled: of the others, ranks and nearest are not to be used.
+    """
+    n, n_gallery = block.shape
+    nearest, settled = _closest(block, highest, exact)
+    n_matches, first_match = np.zeros(n, np.int64), np.zeros(n, np.int64)
+    average_precision = np.full(n, np.nan)
+    ends = np.empty(_GRID_CELLS + 3, np.int32)
+    cell, entries = np.empty(n_gallery, np.int32), np.empty(n_gallery, np.int32)
+    is_rank = np.zeros(n_gallery + 1, np.bool_)
+    for i in range(n):
+        row, unit, shift, tolerance = block[i], exact.query[i], exact.shift[i], exact.tolerance[i]
+        members = order[bounds[code[i]] : bounds[code[i] + 1]]
+        lowest = np.inf
+        for match in members:
+            if row[match] > -np.inf:
+                n_matches[i] += 1
+                lowest = min(lowest, row[match])
+        if n_matches[i] == 0 or not settled[i]:
+            continue
+        top = highest[i] + 3 * _off(tolerance, highest[i])
+        cells_a_unit = _GRID_CELLS / (top - lowest + 4 * _off(tolerance, lowest))
+        _fill_grid(row, top, cells_a_unit, cell, entries, ends)
+        last = _mark_ranks(
+            members, row, unit, exact.gallery, exact.scale, shift, tolerance, top, cells_a_unit, entries, ends, is_rank
+        )
+        if last < 0:
+            settled[i] = False
+            is_rank[:] = False
+            continue
+        found, precision = 0, 0.0
+        for rank in range(1, last + 1):
+            if is_rank[rank]:
+                is_rank[rank] = False
+                found += 1
+                precision += found / rank
+                if found == 1:
+                    first_match[i] = rank
+        average_precision[i] = precision / n_matches[i]
+    return nearest, n_matches, first_match, average_precision, settled
+
+
+@numba.njit(cache=True, nogil=True)
+def _closest(
+    block: npt.NDArray[np.float32], highest: npt.NDArray[np.float32], exact: _Exact
+) -> tuple[Ints, npt.NDArray[np.bool_]]:
+    """(chunk,) nearest candidates, -1 where there is none, and which of them are settled."""
+    n, n_gallery = block.shape
+    nearest, settled = np.full(n, -1), np.ones(n, np.bool_)
+    for i in range(n):
+        row, tolerance = block[i], exact.tolerance[i]
+        if highest[i] == -np.inf:
+            continue
+        most = -np.inf
+        near = highest[i] - 2 * _off(tolerance, highest[i])
+        for j in range(n_gallery):
+            if row[j] >= near:
+                steps, fits = _steps(
+                    exact.query[i], exact.gallery[j], exact.scale[j], exact.shift[i], tolerance, row[j]
+                )
+                settled[i] &= fits
+                if steps > most:
+                    nearest[i], most = j, steps
+    return nearest, settled
+
+
+@numba.njit(cache=True, nogil=True)
+def _fill_grid(
+    row: npt.NDArray[np.float32],
+    top: float,
+    cells_a_unit: float,
+    cell: npt.NDArray[np.int32],
+    entries: npt.NDArray[np.int32],
+    ends: npt.NDArray[np.int32],
+) -> None:
+    """Sort a row's entries by cell (a counting sort): cell 0 is the highest, the last holds all below the grid."""
+    for j in range(row.size):
+        cell[j] = _cell(row[j], top, cells_a_unit)
+    ends[:] = 0
+    for j in range(row.size):
+        ends[cell[j] + 1] += 1
+    for c in range(1, ends.size):
+        ends[c] += ends[c - 1]
+    # Beginnings until each has gone past its last entry.
+    for j in range(row.size):
+        entries[ends[cell[j]]] = j
+        ends[cell[j]] += 1
+
+
+@numba.njit(cache=True, nogil=True)
+def _cell(value: float, top: float, cells_a_unit: float) -> np.int32:
+    cells = (np.float32(top) - np.float32(value)) * np.float32(cells_a_unit)
+    return np.int32(min(max(cells, np.float32(0)), np.float32(_GRID_CELLS + 1)))
+
+
+@numba.njit(cache=True, nogil=True)
+def _mark_ranks(
+    members: Ints,
+    row: npt.NDArray[np.float32],
+    unit: Floats,
+    gallery: npt.NDArray[Any],
+    scale: Floats,
+    shift: float,
+    tolerance: float,
+    top: float,
+    cells_a_unit: float,
+    entries: npt.NDArray[np.int32],
+    ends: npt.NDArray[np.int32],
+    is_rank: npt.NDArray[np.bool_],
+) -> int:
+    """Mark the ranks of a query's matches; the largest, or -1 where sorting the row in float64 is called for.
+
+    Cells are looked through a bit farther than entries are compared, for the rounding of the cells themselves.
+    """
+    largest = 0
+    left = row.size // 4  # cosines; more are dearer than sorting
+    for match in members:
+        similar = row[match]
+        if similar == -np.inf:
+            continue
+        off = _off(tolerance, similar)
+        above, below = similar + 2 * off, similar - 2 * off
+        first = _cell(above + off, top, cells_a_unit)
+        last = _cell(below - off, top, cells_a_unit)
+        start = ends[first - 1] if first > 0 else 0
+        before = start
+        own, fits = np.nan, True
+        for at in range(start, ends[last]):
+            j = entries[at]
+            if row[j] > above:
+                before += 1
+            elif row[j] >= below and j != match:
+                if own != own:
+                    own, fits = _steps(unit, gallery[match], scale[match], shift, tolerance, similar)
+                steps, fits_too = _steps(unit, gallery[j], scale[j], shift, tolerance, row[j])
+                left -= 1
+                if left < 0 or not (fits and fits_too):
+                    return -1
+                before += steps > own or (steps == own and j < match)
+        is_rank[before + 1] = True
+        largest = max(largest, before + 1)
+    return largest
+
+
+@numba.njit(cache=True, nogil=True)
+def _steps(
+    unit: Floats, vector: npt.NDArray[Any], scale: float, shift: float, tolerance: float, similar: float
+) -> tuple[float, bool]:
+    """A cosine in steps, in float64, and whether the float32 value is as near to it as it should be."""
+    cosine = _dot(unit, vector) * scale
+    return np.rint(cosine * _COSINE_STEPS), abs(cosine - shift - similar) <= _off(tolerance, similar) / 2
+
+
+@numba.njit(cache=True, nogil=True)
+def _off(tolerance: float, similar: float) -> float:
+    """How far a float32 value may be off: sums that end high have been high on the way, where rounding is coarser."""
+    return tolerance + 32 * _ROUNDING * abs(similar)
+
+
+@numba.njit(cache=True, nogil=True)
+def _all_steps(exact: _Exact, i: int) -> Floats:
+    """(N,) the cosines of one query in steps."""
+    steps = np.empty(len(exact.gallery))
+    for j in range(len(exact.gallery)):
+        steps[j], _ = _steps(exact.query[i], exact.gallery[j], exact.scale[j], 0.0, 0.0, 0.0)
+    return steps
+
+
+@numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
+def _dot(a: Floats, b: npt.NDArray[Any]) -> float:
+    # Always in this order, so that equal vectors have equal products.
+    total = 0.0
+    for d in range(a.size):
+        total += a[d] * b[d]
+    return total

@@ -121,7 +121,8 @@ def test_result_does_not_depend_on_the_chunk_or_on_vector_length(
     columns = [rng.integers(0, 3, n).astype(str) for n in (33, 33, 60, 60)]
     label, group, g_label, g_group = columns
     whole = retrieval.rank(query, label, group, gallery, g_label, g_group)
-    monkeypatch.setattr(retrieval, "_CHUNK_BYTES", 60 * 8 * 4)
+    monkeypatch.setattr(retrieval, "_CHUNK_BYTES", 60 * 4 * 4)
+    monkeypatch.setattr(retrieval, "_TILE", 7)
     scaled = gallery * rng.uniform(0.1, 10, size=(60, 1))
     for other in (gallery, scaled):
         cut = retrieval.rank(3 * query, label, group, other, g_label, g_group)
@@ -131,18 +132,76 @@ def test_result_does_not_depend_on_the_chunk_or_on_vector_length(
 
 
 def test_memory_does_not_grow_with_the_queries() -> None:
-    """The similarities of all queries at once would be 16 times the chunk."""
+    """The similarities of all queries at once would be twice the chunk."""
     import tracemalloc
 
     rng = np.random.default_rng(2)
     gallery = rng.normal(size=(1000, 4))
-    query = rng.normal(size=(retrieval._CHUNK_BYTES * 2 // 8000, 4))
+    query = rng.normal(size=(retrieval._CHUNK_BYTES * 2 // 4000, 4))
     nobody, n = np.zeros(1000), len(query)
     tracemalloc.start()
     retrieval.nearest(query, np.ones(n), gallery, nobody)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1.6 * retrieval._CHUNK_BYTES
+
+
+@pytest.mark.parametrize("offset", [0, 3], ids=["all around", "all alike"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_what_float32_cannot_tell_apart_is_in_the_order_of_float64(dtype: type, offset: float) -> None:
+    """Triples that differ by less than float32 rounds, in every order of position and cosine, and some that tie."""
+    rng = np.random.default_rng(5)
+    base = offset + rng.normal(size=(60, 24))
+    gallery = np.repeat(base, 3, axis=0).astype(dtype)
+    gallery[1::3] *= 1 + dtype(2e-7) * rng.normal(size=(60, 24)).astype(dtype)
+    query = (offset + rng.normal(size=(25, 24))).astype(dtype)
+    label, g_label = rng.integers(0, 2, 25), rng.integers(0, 2, 180)
+    group, g_group = rng.integers(0, 9, 25), rng.integers(0, 9, 180)
+    ranking = retrieval.rank(query, label, group, gallery, g_label, g_group)
+    cosines = np.array([[exact_cosine(a, b) for b in gallery] for a in query])
+    assert np.any(np.diff(np.sort(cosines), axis=1) < 2**-26)
+    for i in range(25):
+        order = [j for j in np.argsort(-cosines[i], kind="stable") if g_group[j] != group[i]]
+        ranks = 1 + np.flatnonzero(g_label[order] == label[i])
+        assert ranking.first_match[i] == ranks[0]
+        assert ranking.nearest[i] == order[0]
+        assert ranking.average_precision[i] == pytest.approx(np.mean(np.arange(1, len(ranks) + 1) / ranks), abs=1e-12)
+
+
+def exact_cosine(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float:
+    a, b = a.astype(np.longdouble), b.astype(np.longdouble)
+    return float((a @ b) / np.sqrt((a @ a) * (b @ b)))
+
+
+@pytest.mark.parametrize("kind", ["equal", "sparse", "wrong"])
+def test_rows_that_float32_says_little_of_are_sorted_in_float64(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many near ties that comparing them one by one costs more, or a product that is worse than it should be."""
+    rng = np.random.default_rng(6)
+    query, gallery = rng.integers(-3, 4, size=(20, 16)).astype(float), rng.integers(-3, 4, size=(90, 16)).astype(float)
+    if kind == "equal":
+        gallery[:] = gallery[0]
+    elif kind == "sparse":
+        gallery[:, 2:] = 0
+    label, g_label, group, g_group = (rng.integers(0, 3, n) for n in (20, 90, 20, 90))
+    sorted_rows = 0
+
+    def counted(*args: Any) -> Any:
+        nonlocal sorted_rows
+        sorted_rows += 1
+        return by_sorting(*args)
+
+    by_sorting = retrieval._sorted
+    monkeypatch.setattr(retrieval, "_sorted", counted)
+    if kind == "wrong":
+        product = np.matmul
+        monkeypatch.setattr(np, "matmul", lambda *a, out: np.multiply(product(*a), 1 + 1e-5, out=out, casting="unsafe"))
+    ranking = retrieval.rank(query, label, group, gallery, g_label, g_group)
+    assert sorted_rows > 0
+    _, precisions, firsts, closest = rank_by_loops(query, label, group, gallery, g_label, g_group, 50)
+    np.testing.assert_allclose(ranking.average_precision, precisions, rtol=1e-12)
+    assert ranking.first_match.tolist() == firsts
+    assert ranking.nearest.tolist() == closest
+    assert retrieval.nearest(query, group, gallery, g_group).tolist() == closest
 
 
 def test_equal_embeddings_are_ranked_by_position() -> None:
