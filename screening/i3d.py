@@ -16,7 +16,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Self, TypeAlias, get_args
+from typing import Any, Literal, Self, TypeAlias, get_args
 
 import torch
 from pydantic import Field, ValidationError, model_validator
@@ -292,29 +292,17 @@ def recognise(tensors: Mapping[str, Tensor], source: str) -> Recognised:
     names = {match[1]: name for name in tensors if (match := body.fullmatch(name))}
     shapes = {ours: tuple(tensors[theirs].shape) for ours, theirs in names.items()}
 
-    # The most common of several, so that one misshapen tensor is named and not all the others.
-    widths = Counter(shape[0] for name, shape in shapes.items() if name.startswith(("conv1.", "bn1.")) and shape)
-    middle = [shape for name, shape in shapes.items() if name.endswith(".conv2.weight") and len(shape) > 1]
-    groups = Counter(out // max(1, within) for out, within, *_ in middle)
-    bottlenecks = any(".conv3." in name for name in names)
-    width = widths.most_common(1)[0][0] if widths else ModelConfig().width
-    stem = shapes.get("conv1.weight", ())
-    choices = {
-        "depth": _depth(names, bottlenecks, source),
-        "cardinality": groups.most_common(1)[0][0] if groups and bottlenecks else 1,
-        "width": width,
-        "stem_frames": stem[2] if len(stem) == 5 and stem[2] % 2 else ModelConfig().stem_frames,
-        "shortcut": "B" if any(".downsample." in name for name in names) else "A",
-    }
-    heads = _heads(tensors, set(tensors) - set(names.values()), embedding_dim=width * (32 if bottlenecks else 8))
+    settings = _settings(shapes, source)
+    embedding_dim = settings["width"] * (32 if settings["depth"] in _BOTTLENECK_DEPTHS else 8)
+    heads = _heads(tensors, set(tensors) - set(names.values()), embedding_dim)
     names |= heads
-    choices["neck"] = any(name.startswith("neck.") for name in heads)
-    classifier = heads.get("classifier.weight")
     try:
-        config = ModelConfig.model_validate(choices)
+        config = ModelConfig.model_validate({**settings, "neck": any(name.startswith("neck.") for name in heads)})
     except ValidationError as error:
         problems = "; ".join(" ".join([*map(str, entry["loc"]), entry["msg"]]) for entry in error.errors())
         raise InputError(f"{source}: holds a network that cannot be built: {problems}") from error
+    stem = shapes.get("conv1.weight", ())
+    classifier = heads.get("classifier.weight")
     taken = set(names.values())
     return Recognised(
         config=config,
@@ -323,6 +311,26 @@ def recognise(tensors: Mapping[str, Tensor], source: str) -> Recognised:
         names=names,
         unknown=tuple(name for name in tensors if name not in taken),
     )
+
+
+def _settings(shapes: Mapping[str, tuple[int, ...]], source: str) -> dict[str, Any]:
+    """The settings that the layers' names and shapes tell; of several witnesses the most common is believed.
+
+    So one tensor that is misshapen is named, and not all the others.
+    """
+    widths = Counter(shape[0] for name, shape in shapes.items() if name.startswith(("conv1.", "bn1.")) and shape)
+    middle = [shape for name, shape in shapes.items() if name.endswith(".conv2.weight") and len(shape) > 1]
+    groups = Counter(out // max(1, within) for out, within, *_ in middle)
+    bottlenecks = any(".conv3." in name for name in shapes)
+    stem = shapes.get("conv1.weight", ())
+    default = ModelConfig()
+    return {
+        "depth": _depth(shapes, bottlenecks, source),
+        "cardinality": groups.most_common(1)[0][0] if groups and bottlenecks else default.cardinality,
+        "width": widths.most_common(1)[0][0] if widths else default.width,
+        "stem_frames": stem[2] if len(stem) == 5 and stem[2] % 2 else default.stem_frames,
+        "shortcut": "B" if any(".downsample." in name for name in shapes) else "A",
+    }
 
 
 def _depth(names: Iterable[str], bottlenecks: bool, source: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import uuid
 from pathlib import Path
@@ -286,6 +287,21 @@ def test_a_file_cut_short_is_refused(data: st.DataObject, new_form: bool) -> Non
     url = "memory://mitoreid-cut.pth"
     store.write_bytes(url, whole[: data.draw(st.integers(0, len(whole) - 1))])
     with pytest.raises(InputError, match=r"cut\.pth: (is not a torch file|its pickle asks for)"):
+        load_mitoreid(url)
+
+
+@given(st.data(), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_a_damaged_file_loads_or_is_refused(data: st.DataObject, new_form: bool) -> None:
+    damaged = bytearray(WHOLE[new_form])
+    head = 9000  # the pickle lies there; behind it are numbers, of which any are good
+    for place, byte in data.draw(
+        st.lists(st.tuples(st.integers(0, head), st.integers(0, 255)), min_size=1, max_size=8)
+    ):
+        damaged[place] = byte
+    url = "memory://mitoreid-damaged.pth"
+    store.write_bytes(url, bytes(damaged))
+    with contextlib.suppress(InputError):
         load_mitoreid(url)
 
 
