@@ -270,6 +270,7 @@ def _worker(config: dict[str, Any]) -> None:
         n_classes=len(job.class_names),
         steps_per_epoch=n_batches,
         seed=job.seed,
+        control=job.class_names.index(CONTROL_CLASS) if CONTROL_CLASS in job.class_names else None,
         device=ray.train.torch.get_device(),
         wrap=ray.train.torch.prepare_model if workers > 1 else lambda module: module,
     )

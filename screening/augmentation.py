@@ -145,8 +145,8 @@ def _apply_opencv(images: Tensor, drawn: Draw, padding: str, radius: int) -> Ten
             )
             if drawn.blur[i] > 0:
                 cv2.GaussianBlur(image, (2 * radius + 1,) * 2, float(drawn.blur[i]), dst=image)
-            flat = image.reshape(h, -1)  # OpenCV takes a scalar for up to four channels only
-            cv2.multiply(flat, float(drawn.gain[i]), dst=flat)  # type: ignore[call-overload]  # its stub has no scalars
+            flat = image.reshape(h, -1)
+            cv2.addWeighted(flat, float(drawn.gain[i]), flat, 0, 0, dst=flat)  # a product that saturates
             cv2.split(image, list(result[i, planes]))
     return torch.from_numpy(result)
 

@@ -5,15 +5,19 @@ centre loss, whose centres learn at a rate of their own. All that a run needs to
 it stopped is in :meth:`TrainingState.state_dict`; the random numbers of sampling and augmentation
 are made by the caller from the run's seed and the epoch, so none are kept here.
 
+Workers that train together (the processes of torch's default group) each take an equal share of
+every batch; their losses and gradients are those that one worker would find on the whole batch.
+
 Axis letters: N clips, C channels, T frames, H, W (px), D embedding dimension, I identities
 (classes).
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
@@ -23,8 +27,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
+from screening.distributed import gather, rank, synchronise_batchnorm, total, workers
 from screening.i3d import I3DResNet, ModelConfig, frames_seen
-from screening.losses import batch_hard_triplet_loss, center_loss
+from screening.losses import center_losses, mislabelled_as_control, triplet_losses
 from storage_schemas.base import Config
 from storage_schemas.clips import Clips, white
 from storage_schemas.errors import InputError
@@ -52,7 +57,7 @@ class AdamW(Config):
 
 
 class CosineSchedule(Config):
-    """Linear warm-up, then half a cosine down to ``floor``, a step at a time."""
+    """Linear warm-up, then half a cosine down to ``floor``, an update at a time."""
 
     method: Literal["cosine"] = Field("cosine", description="linear warm-up, then half a cosine")
     warmup_epochs: float = Field(1.0, ge=0, description="epochs until the full learning rate")
@@ -65,6 +70,16 @@ class PlateauSchedule(Config):
     method: Literal["plateau"] = Field("plateau", description="lower when validation has stopped rising")
     factor: float = Field(0.1, gt=0, lt=1, description="what the learning rate is multiplied by")
     patience: int = Field(10, ge=0, description="epochs without a better metric before that")
+
+
+class MislabelRule(Config):
+    """When clips that look like controls are left out (:func:`screening.losses.mislabelled_as_control`)."""
+
+    limit: int = Field(5, ge=1, description="clips of a batch that are too many to be left out")
+    after_epochs: int = Field(5, ge=0, description="epochs of learning from all clips before that")
+
+
+Stage = Literal["stem", "layer1", "layer2", "layer3", "layer4"]
 
 
 class TrainConfig(Config):
@@ -86,6 +101,32 @@ class TrainConfig(Config):
     )
     schedule: Annotated[CosineSchedule | PlateauSchedule, Field(discriminator="method")] = Field(
         CosineSchedule(), description="how the learning rate changes"
+    )
+    mislabel: MislabelRule | None = Field(
+        None,
+        description="leave out clips that the network takes for controls while a batch has fewer than limit, "
+        "after so many epochs: {limit: 5, after_epochs: 5}; null: learn from all",
+    )
+    freeze: tuple[Stage, ...] = Field(
+        (),
+        description="parts of the network that stay as they start, weights and statistics: stem, layer1, ..., layer4",
+    )
+    clip_norm: float | None = Field(
+        None, gt=0, description="largest norm of the network's gradient, which is scaled down to it; null: any"
+    )
+    accumulate: int = Field(
+        1, ge=1, description="batches whose mean gradient makes a step; each seeks its triplets in itself"
+    )
+    precision: Literal["float32", "bf16"] = Field(
+        "float32", description="of the network's arithmetic; bf16 for GPUs: on a CPU it can be far slower"
+    )
+    channels_last: bool = Field(True, description="activations with the channels of a pixel side by side in memory")
+    compile: bool = Field(False, description="translate the network by torch.compile, which takes minutes")
+    sync_batchnorm: bool = Field(
+        True, description="batch normalisation sees the clips of all workers; false: of each its own"
+    )
+    triplet_scope: Literal["all", "worker"] = Field(
+        "all", description="where a clip's triplet is sought: among the clips of all workers or of its own"
     )
     validation_clips: int = Field(
         512,
@@ -151,40 +192,87 @@ class Normalisation(Config):
 
 
 class Learner(nn.Module):
-    """Network and class centres as one module: one wrapper (DDP) averages both gradients."""
+    """Network and class centres as one module: one wrapper (DDP) averages both gradients.
 
-    def __init__(self, network: I3DResNet, n_classes: int, config: TrainConfig) -> None:
+    Args:
+        network: as it starts.
+        n_classes: identities to tell apart.
+        config: how to train it.
+        control: the class of the negative controls, if there is one.
+    """
+
+    def __init__(self, network: I3DResNet, n_classes: int, config: TrainConfig, control: int | None = None) -> None:
         super().__init__()
         self.network = network
         self.config = config
+        self.control = control
         self.centers = nn.Parameter(
             torch.randn(n_classes, network.embedding_dim), requires_grad=config.center_weight > 0
         )
+        for module in self._frozen():
+            module.requires_grad_(False)
 
-    def forward(self, x: Tensor, label: Tensor) -> dict[str, Tensor]:
-        """The losses of a batch.
+    def _frozen(self) -> list[nn.Module]:
+        names = [("conv1", "bn1") if stage == "stem" else (stage,) for stage in self.config.freeze]
+        return [self.network.get_submodule(name) for stage in names for name in stage]
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch to training or evaluation; frozen parts stay in evaluation, so that their statistics stay too."""
+        super().train(mode)
+        for module in self._frozen():
+            module.eval()
+        return self
+
+    def forward(self, x: Tensor, label: Tensor, leave_out: bool = False) -> dict[str, Tensor]:
+        """The losses of a batch, or of this worker's share of one.
 
         Args:
-            x: (N, C, T, H, W) float32, normalised.
+            x: (N, C, T, H, W) float32, normalised; each worker has as many.
             label: (N,) int64.
+            leave_out: whether clips that look mislabelled are left out of the losses.
 
         Returns:
-            Scalars: ``loss`` (the sum to minimise), its terms before weighting, and the share
-                ``accuracy`` of clips classified rightly.
+            Scalars: ``loss`` (the sum to minimise), its terms before weighting, the share
+                ``accuracy`` of clips classified rightly and, with ``leave_out``, the share
+                ``left_out``. The mean over all workers is that of the whole batch.
         """
         config = self.config
-        logits, embedding = self.network(x)
-        identity = functional.cross_entropy(logits, label, label_smoothing=config.label_smoothing)
-        terms = {"identity": identity}
-        loss = identity
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            logits, embedding = self.network(x)
+        logits, embedding = logits.float(), embedding.float()
+        predicted = logits.argmax(dim=1)
+        kept = torch.ones_like(label, dtype=torch.bool)
+        if leave_out:
+            kept = ~self._mislabelled(predicted, label)
+        # Workers may keep different numbers of clips, so a clip's weight is its share of all that are kept.
+        weight = kept * (workers() / total(kept.sum()).clamp(min=1))
+        smoothing = config.label_smoothing
+        identity = functional.cross_entropy(logits, label, reduction="none", label_smoothing=smoothing)
+        terms = {"identity": (weight * identity).sum()}
+        loss = terms["identity"]
         if config.triplet_weight > 0:
-            terms["triplet"] = batch_hard_triplet_loss(embedding, label, config.margin)
+            spread = gather if config.triplet_scope == "all" else nn.Identity()
+            others, other_label = spread(embedding), spread(label)
+            if leave_out:
+                among = spread(kept)
+                others, other_label = others[among], other_label[among]
+            triplet = triplet_losses(embedding, label, others, other_label, config.margin)
+            terms["triplet"] = (weight * triplet).sum()
             loss = loss + config.triplet_weight * terms["triplet"]
         if config.center_weight > 0:
-            terms["center"] = center_loss(embedding, label, self.centers)
+            terms["center"] = (weight * center_losses(embedding, label, self.centers)).sum()
             loss = loss + config.center_weight * terms["center"]
-        accuracy = (logits.argmax(dim=1) == label).float().mean()
-        return {"loss": loss, **terms, "accuracy": accuracy}
+        shares = {"accuracy": (predicted == label).float().mean()}
+        if leave_out:
+            shares["left_out"] = (~kept).float().mean()
+        return {"loss": loss, **terms, **shares}
+
+    def _mislabelled(self, predicted: Tensor, label: Tensor) -> Tensor:
+        rule = self.config.mislabel
+        assert rule is not None
+        assert self.control is not None
+        whole = mislabelled_as_control(gather(predicted), gather(label), self.control, rule.limit)
+        return whole.chunk(workers())[rank()]
 
 
 class TrainingState:
@@ -216,7 +304,9 @@ class TrainingState:
         self._wrapped = wrap(learner)
         self._optimizer = _make_optimizer(self.network, config.optimizer)
         self._center_optimizer = torch.optim.SGD([learner.centers], lr=config.center_lr)
-        self._schedule = _make_schedule(self._optimizer, config, steps_per_epoch)
+        self._schedule = _make_schedule(self._optimizer, config, -(-steps_per_epoch // config.accumulate))
+        self._steps_per_epoch = steps_per_epoch
+        self._steps = 0  # of this epoch
         self.epoch = 0
         self.best: float | None = None
         self.best_epoch = 0
@@ -232,6 +322,8 @@ class TrainingState:
         n_classes: int,
         steps_per_epoch: int,
         seed: int,
+        control: int | None = None,
+        initial: Callable[[I3DResNet], object] | None = None,
         device: torch.device | str = "cpu",
         wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
     ) -> TrainingState:
@@ -243,28 +335,47 @@ class TrainingState:
             config: how to train it.
             normalisation: of the training clips.
             n_classes: identities to tell apart; labels count from 0.
-            steps_per_epoch: batches an epoch, for the schedule.
+            steps_per_epoch: batches an epoch.
             seed: of the first weights; torch's global random state is left as it was.
+            control: the class of the negative controls, which ``config.mislabel`` needs.
+            initial: called with the network as drawn, to give it other weights in place: those of
+                another training, whose classifier had other classes, or of a file
+                (:func:`screening.initialisation.initialise`).
             device: where to train.
             wrap: applied to the module whose ``forward`` gives the loss, before the optimisers are
                 made; DDP goes here.
 
         Raises:
-            TrainingError: if there are fewer than two classes.
+            TrainingError: if there are fewer than two classes, or no controls where they are needed.
         """
         if n_classes < 2:
             raise TrainingError(f"training needs at least two identities, got {n_classes}")
+        if config.mislabel is not None and control is None:
+            raise TrainingError(
+                "train.mislabel leaves out clips that are taken for negative controls, but no clip trained on is of "
+                "one: set it to null, or train on wells whose role is negative_control"
+            )
         with torch.random.fork_rng(devices=[]):
             torch.random.manual_seed(seed)
             network = I3DResNet(model, in_channels=len(normalisation.mean), n_classes=n_classes)
-            learner = Learner(network, n_classes, config)
+            learner = Learner(network, n_classes, config, control)
+            if initial is not None:
+                initial(network)
+        if config.sync_batchnorm and workers() > 1:
+            synchronise_batchnorm(network)
         learner.to(device)
-        # The argument is missing from torch's annotations.
-        network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        if config.channels_last:
+            # The argument is missing from torch's annotations.
+            network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        if config.compile:
+            network.compile()
         return cls(learner, config, normalisation, steps_per_epoch, wrap)
 
     def step(self, clips: Tensor, label: Tensor, names: Sequence[str] = ()) -> dict[str, float]:
-        """Learn from one batch.
+        """Learn from one batch; each worker calls it with its share, all with as many clips.
+
+        The weights change with the last of every ``config.accumulate`` batches, and with the last
+        of an epoch.
 
         Args:
             clips: (N, C, T, H, W) as stored, on any device; augmented already.
@@ -272,33 +383,54 @@ class TrainingState:
             names: of the clips, for the message if the loss is not a number.
 
         Returns:
-            The batch's losses (see :meth:`Learner.forward`) and the learning rate ``lr`` it was
-            learnt with.
+            The losses of the batch (see :meth:`Learner.forward`), over all workers, and the
+                learning rate ``lr`` it was learnt with.
 
         Raises:
-            TrainingError: if the loss is not finite; the weights are left as they were.
+            TrainingError: if the loss is not finite; the weights are left as they were. All workers
+                raise it, each with the names of its own clips.
         """
+        config = self.config
         device = self._learner.centers.device
         frames = frames_seen(self.network.config, clips.shape[2])
         x = self.normalisation.apply(clips[:, :, frames].to(device, non_blocking=True))
+        if not config.channels_last:
+            x = x.contiguous()
+        place = self._steps % self._steps_per_epoch
+        first = place - place % config.accumulate
+        together = min(config.accumulate, self._steps_per_epoch - first)
+        last = place == first + together - 1
         self._learner.train()
-        terms = self._wrapped(x, label.to(device, non_blocking=True))
-        values = {name: float(value.detach()) for name, value in terms.items()}
-        lr = float(self._optimizer.param_groups[0]["lr"])
-        if not math.isfinite(values["loss"]):
-            raise TrainingError(
-                f"the loss is {values['loss']} in epoch {self.epoch + 1} at learning rate {lr:g} "
-                f"(labels {label.tolist()}{''.join(', ' + name for name in names)}): "
-                "look at these clips, or lower train.optimizer.lr"
-            )
-        self._optimizer.zero_grad()
-        self._center_optimizer.zero_grad()
-        terms["loss"].backward()
+        # DDP need not average gradients that are to be added to.
+        with contextlib.nullcontext() if last else getattr(self._wrapped, "no_sync", contextlib.nullcontext)():
+            leave_out = config.mislabel is not None and self.epoch >= config.mislabel.after_epochs
+            terms = self._wrapped(x, label.to(device, non_blocking=True), leave_out)
+            means = total(torch.stack(list(terms.values()))) / workers()
+            values = dict(zip(terms, means.tolist(), strict=True))
+            lr = float(self._optimizer.param_groups[0]["lr"])
+            if not math.isfinite(values["loss"]):
+                raise TrainingError(
+                    f"the loss is {values['loss']} in epoch {self.epoch + 1} at learning rate {lr:g} "
+                    f"(labels {label.tolist()}{''.join(', ' + name for name in names)}): "
+                    "look at these clips, or lower train.optimizer.lr"
+                )
+            if place == first:
+                self._optimizer.zero_grad()
+                self._center_optimizer.zero_grad()
+            (terms["loss"] / together).backward()
+        self._steps += 1
+        if last:
+            self._update()
+        return {**values, "lr": lr}
+
+    def _update(self) -> None:
+        """Follow the gradient that has been gathered."""
+        if self.config.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip_norm)
         self._optimizer.step()
         self._step_centers()
         if isinstance(self._schedule, LambdaLR):
             self._schedule.step()
-        return {**values, "lr": lr}
 
     def _step_centers(self) -> None:
         gradient = self._learner.centers.grad
@@ -319,6 +451,7 @@ class TrainingState:
             Whether this epoch is the best so far.
         """
         self.epoch += 1
+        self._steps = 0
         if metric is not None and math.isnan(metric):
             metric = None
         if isinstance(self._schedule, ReduceLROnPlateau) and metric is not None:
@@ -386,19 +519,19 @@ def _make_optimizer(network: nn.Module, config: SGD | AdamW) -> torch.optim.Opti
 
 
 def _make_schedule(
-    optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int
+    optimizer: torch.optim.Optimizer, config: TrainConfig, updates_per_epoch: int
 ) -> LambdaLR | ReduceLROnPlateau:
     schedule = config.schedule
     if isinstance(schedule, PlateauSchedule):
         return ReduceLROnPlateau(optimizer, mode="max", factor=schedule.factor, patience=schedule.patience)
-    warmup = schedule.warmup_epochs * steps_per_epoch
-    total = config.epochs * steps_per_epoch
+    warmup = schedule.warmup_epochs * updates_per_epoch
+    end = config.epochs * updates_per_epoch
     floor = schedule.floor
 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / (warmup + 1)
-        progress = min((step - warmup) / max(total - warmup, 1), 1.0)
+        progress = min((step - warmup) / max(end - warmup, 1), 1.0)
         return floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2
 
     return LambdaLR(optimizer, factor)

@@ -44,6 +44,7 @@ LET_OFF = {
     "screening.i3d": NETWORK,
     "screening.torch_files": NETWORK,
     "screening.initialisation": NETWORK,
+    "screening.distributed": NETWORK,
     "screening.losses": NETWORK,
     "screening.augmentation": NETWORK,
     "screening.training": NETWORK,

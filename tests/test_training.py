@@ -17,6 +17,8 @@ from screening.training import (
     SGD,
     AdamW,
     CosineSchedule,
+    Learner,
+    MislabelRule,
     Normalisation,
     PlateauSchedule,
     TrainConfig,
@@ -32,7 +34,7 @@ N_CLASSES = 3
 
 
 def make(config: TrainConfig | None = None, seed: int = 0, model: ModelConfig = MODEL, **more: object) -> TrainingState:
-    arguments: dict[str, object] = {"n_classes": N_CLASSES, "steps_per_epoch": 3, **more}
+    arguments: dict[str, object] = {"n_classes": N_CLASSES, "steps_per_epoch": 3, "control": 0, **more}
     config = config or TrainConfig(epochs=4)
     return TrainingState.make(model, config, NORMALISATION, seed=seed, **arguments)  # type: ignore[arg-type]
 
@@ -62,8 +64,11 @@ def saved_and_loaded(state: TrainingState) -> dict[str, object]:
 
 @pytest.mark.parametrize("optimizer", [SGD(lr=0.01), AdamW()], ids=["sgd", "adamw"])
 @pytest.mark.parametrize("schedule", [CosineSchedule(), PlateauSchedule(patience=0)], ids=["cosine", "plateau"])
-def test_resume_is_exact(optimizer: SGD | AdamW, schedule: CosineSchedule | PlateauSchedule) -> None:
-    config = TrainConfig(epochs=4, optimizer=optimizer, schedule=schedule)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_resume_is_exact(optimizer: SGD | AdamW, schedule: CosineSchedule | PlateauSchedule, accumulate: int) -> None:
+    config = TrainConfig(
+        epochs=4, optimizer=optimizer, schedule=schedule, accumulate=accumulate, mislabel=MislabelRule(after_epochs=2)
+    )
     metrics = (0.5, 0.4, 0.3, 0.45)
     whole = make(config)
     losses = run(whole, 4, metrics)
@@ -76,6 +81,9 @@ def test_resume_is_exact(optimizer: SGD | AdamW, schedule: CosineSchedule | Plat
     expected, found = whole.state_dict(), resumed.state_dict()
     assert found["best"] == expected["best"] == 0.5
     assert found["best_epoch"] == expected["best_epoch"] == 1
+    assert found["schedule"] == expected["schedule"]
+    for part in ("optimizer", "center_optimizer"):
+        assert found[part]["param_groups"] == expected[part]["param_groups"]
     for part in ("learner", "best_weights"):
         assert found[part].keys() == expected[part].keys()
         for name, tensor in expected[part].items():
@@ -204,9 +212,9 @@ def test_wrapper_holds_the_network_and_the_centers() -> None:
             self.module = module
             self.calls = 0
 
-        def forward(self, x: torch.Tensor, label: torch.Tensor) -> dict[str, torch.Tensor]:
+        def forward(self, x: torch.Tensor, label: torch.Tensor, leave_out: bool) -> dict[str, torch.Tensor]:
             self.calls += 1
-            result = self.module(x, label)
+            result = self.module(x, label, leave_out)
             assert isinstance(result, dict)
             return result
 
@@ -221,6 +229,118 @@ def test_wrapper_holds_the_network_and_the_centers() -> None:
     assert wrappers[0].calls == 1
     assert "module.centers" in dict(wrappers[0].named_parameters())
     assert state.state_dict()["learner"].keys() == bare.state_dict()["learner"].keys()
+
+
+PLAIN_SGD = SGD(lr=0.1, momentum=0.5, weight_decay=0)
+
+
+def weights(state: TrainingState) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in state.state_dict()["learner"].items()}
+
+
+def test_gradients_are_averaged_over_the_batches_of_a_step() -> None:
+    # Three batches an epoch in steps of two: the same batch twice counts as once, the third alone.
+    single = make(TrainConfig(optimizer=PLAIN_SGD), steps_per_epoch=2)
+    double = make(TrainConfig(optimizer=PLAIN_SGD, accumulate=2))
+    start = weights(double)
+    for index, moves in ((0, False), (0, True), (1, True)):
+        double.step(*batch(index))
+        assert torch.equal(start["network.conv1.weight"], double.network.conv1.weight) != moves
+        if moves:
+            single.step(*batch(index))
+            for name, parameter in double.network.named_parameters():
+                torch.testing.assert_close(parameter, single.network.get_parameter(name), msg=name)
+        start = weights(double)
+    torch.testing.assert_close(weights(double)["centers"], weights(single)["centers"])
+    assert double.state_dict()["schedule"]["last_epoch"] == 2
+
+
+def test_the_gradient_is_clipped_to_its_norm() -> None:
+    state = make(TrainConfig(optimizer=PLAIN_SGD, clip_norm=0.01, schedule=CosineSchedule(warmup_epochs=0)))
+    start = {name: p.detach().clone() for name, p in state.network.named_parameters()}
+    state.step(*batch(0))
+    moved = sum(float((p.detach() - start[name]).square().sum()) for name, p in state.network.named_parameters())
+    # The first step of Nesterov's momentum is (1 + momentum) times the gradient.
+    assert math.sqrt(moved) == pytest.approx(0.1 * 1.5 * 0.01, rel=1e-3)
+
+
+def test_frozen_parts_stay_as_they_start() -> None:
+    state = make(TrainConfig(freeze=("stem", "layer2")))
+    start = weights(state)
+    state.step(*batch(0))
+    frozen = ("network.conv1.", "network.bn1.", "network.layer2.")
+    for name, tensor in weights(state).items():
+        if name != "network.neck.bias":  # never learnt
+            assert torch.equal(tensor, start[name]) == name.startswith(frozen), name
+
+
+def test_the_order_in_memory_does_not_matter_and_half_precision_little() -> None:
+    first, second, half = (
+        make(TrainConfig(**settings)) for settings in ({}, {"channels_last": False}, {"precision": "bf16"})
+    )
+    losses = [state.step(*batch(0))["loss"] for state in (first, second, half)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[2] == pytest.approx(losses[0], rel=0.03)
+    assert losses[2] != losses[0]
+    assert half.network.conv1.weight.dtype == torch.float32
+
+
+@pytest.mark.slow
+def test_the_compiled_network_learns_alike_and_is_stored_alike() -> None:
+    compiled, plain = make(TrainConfig(compile=True)), make()
+    for index in range(3):
+        assert compiled.step(*batch(index))["loss"] == pytest.approx(plain.step(*batch(index))["loss"], rel=1e-3)
+    assert compiled.state_dict()["learner"].keys() == plain.state_dict()["learner"].keys()
+
+
+class Answers(nn.Module):
+    """A network whose answers are given."""
+
+    embedding_dim = 4
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        super().__init__()
+        self.logits = logits
+        self.embedding = torch.randn(len(logits), 4, generator=torch.Generator().manual_seed(0))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        chosen = x.long().flatten()
+        return self.logits[chosen], self.embedding[chosen]
+
+
+@pytest.mark.parametrize(("limit", "left_out"), [(5, [1, 4]), (3, [1, 4]), (2, [])])
+def test_clips_that_look_like_controls_count_nowhere(limit: int, left_out: list[int]) -> None:
+    label = torch.tensor([0, 1, 1, 1, 2, 2, 2])
+    logits = nn.functional.one_hot(torch.tensor([0, 0, 1, 2, 0, 2, 2]), 3) * 2.0
+    config = TrainConfig(mislabel=MislabelRule(limit=limit))
+    learner = Learner(Answers(logits), 3, config, control=0)  # type: ignore[arg-type]
+    learner.requires_grad_(False)
+    found = learner(torch.arange(7.0), label, True)
+    rest = torch.tensor([i for i in range(7) if i not in left_out])
+    expected = learner(rest.float(), label[rest])
+    for name in ("loss", "identity", "triplet", "center"):
+        assert float(found[name]) == pytest.approx(float(expected[name]), rel=1e-5), name
+    assert float(found["left_out"]) == pytest.approx(len(left_out) / 7)
+    assert float(found["accuracy"]) == pytest.approx(4 / 7)
+
+
+def test_clips_are_left_out_after_the_first_epochs_only() -> None:
+    state = make(TrainConfig(mislabel=MislabelRule(after_epochs=1)))
+    assert "left_out" not in state.step(*batch(0))
+    state.end_epoch(None)
+    assert "left_out" in state.step(*batch(0))
+
+
+def test_a_body_is_carried_into_a_training_of_other_classes() -> None:
+    first = make(n_classes=5)
+    run(first, 1, (None,))
+    body = {name: tensor for name, tensor in first.network.state_dict().items() if "classifier" not in name}
+    second = make(n_classes=3, initial=lambda network: network.load_state_dict(body, strict=False))
+    drawn = make(n_classes=3)
+    for name, tensor in second.network.state_dict().items():
+        assert torch.equal(tensor, body.get(name, drawn.network.state_dict()[name])), name
+    assert torch.equal(weights(second)["centers"], weights(drawn)["centers"])
+    second.step(*batch(0))
 
 
 def test_image_model_is_fed_its_one_frame() -> None:
@@ -245,6 +365,8 @@ def test_loss_that_is_not_a_number_names_the_clips_and_leaves_the_weights() -> N
 def test_bad_input_is_refused() -> None:
     with pytest.raises(TrainingError, match="at least two identities"):
         make(n_classes=1)
+    with pytest.raises(TrainingError, match="role is negative_control"):
+        make(TrainConfig(mislabel=MislabelRule()), control=None)
     with pytest.raises(InputError, match="3 channels"):
         make().step(torch.zeros(4, 3, 4, 16, 16, dtype=torch.uint8), torch.arange(4) // 2)
     with pytest.raises(TrainingError, match="another network"):
