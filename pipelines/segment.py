@@ -38,7 +38,7 @@ from storage_schemas.tables import CELLS, FEATURE_PREFIX, QUALITY, open_table, w
 if TYPE_CHECKING:  # the configuration pulls in torch, which segmentation workers do without
     from pipelines.config import RunConfig
 
-OUTPUT_VERSION = 2  # raised when the same configuration gives other files
+OUTPUT_VERSION = 3  # raised when the same configuration gives other files
 
 _SAMPLED_SITES = 48  # of a plate, for its calibration
 _SAMPLED_FRAMES = 3  # of each of them: first, middle, last

@@ -27,6 +27,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
+from screening.regions import Places, positions, shared_pixels
 from storage_schemas.base import Config
 from storage_schemas.errors import InputError
 
@@ -109,7 +110,7 @@ class _Movie:
     """All n objects of a movie, frame by frame, in the order of their place in the image."""
 
     planes: Labels  # (T, H, W), every frame relabelled from 1 on in the order of its objects
-    inside: list[Ints]  # for each frame, positions of its pixels that belong to an object
+    inside: list[Places]  # for each frame, positions of its pixels that belong to an object
     first: Ints  # (T + 1,) position of each frame's first object
     frame: Ints
     label: Ints  # as given
@@ -124,9 +125,10 @@ class _Movie:
         return 2 * float(np.sqrt(np.median(self.area) / np.pi))
 
     @cached_property
-    def coarse(self) -> list[npt.NDArray[np.uint8]]:
+    def coarse(self) -> list[npt.NDArray[np.float32]]:
         """The foreground of every frame, shrunk to find its drift."""
-        return [_shrink(plane, self.diameter) for plane in self.planes]
+        shape = self.planes.shape[1:]
+        return [_shrink(inside, shape, self.diameter) for inside in self.inside]
 
     def at(self, t: int) -> slice:
         """Positions of the objects of a frame."""
@@ -185,12 +187,13 @@ def track(
     return Tracking(*_number(movie, before, mother), drift, removed)
 
 
-def _shrink(plane: Labels, diameter: float) -> npt.NDArray[np.uint8]:
-    """The foreground at a size at which an object of the given diameter is a few px wide."""
+def _shrink(inside: Places, shape: tuple[int, ...], diameter: float) -> npt.NDArray[np.float32]:
+    """The foreground at a size at which an object of the given diameter is a few px wide, as shares of a pixel."""
     factor = _drift_factor(diameter)
-    height, width = (max(1, side // factor) for side in plane.shape)
-    foreground = (plane[: height * factor, : width * factor] > 0).view(np.uint8) * np.uint8(255)
-    return np.asarray(cv2.resize(foreground, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
+    height, width = (-(-side // factor) for side in shape)
+    coarse = inside // (shape[1] * factor) * np.int32(width) + inside % shape[1] // factor
+    counts = np.bincount(coarse, minlength=height * width).reshape(height, width)
+    return (counts[: shape[0] // factor or 1, : shape[1] // factor or 1] / factor**2).astype(np.float32)
 
 
 def _drift_factor(diameter: float) -> int:
@@ -198,8 +201,8 @@ def _drift_factor(diameter: float) -> int:
 
 
 def _shift(
-    before: npt.NDArray[np.uint8],
-    after: npt.NDArray[np.uint8],
+    before: npt.NDArray[np.float32],
+    after: npt.NDArray[np.float32],
     diameter: float,
     max_drift: float,
 ) -> tuple[Floats, float]:
@@ -252,11 +255,10 @@ def _measure(labels: npt.NDArray[np.integer[Any]], image: npt.NDArray[Any] | Non
     planes = np.zeros(labels.shape, np.int32)
     insides, frames, ids, places, areas, brightness = [], [], [], [], [], []
     for t, plane in enumerate(labels):
-        inside = np.flatnonzero(plane > 0)
-        # TIFF files may come in another byte order, which pandas does not read.
-        compact, label = pd.factorize(plane.ravel()[inside].astype(np.int64))
+        inside = positions(_native(plane))
+        compact, label = pd.factorize(_native(plane).ravel()[inside])
         area = np.bincount(compact, minlength=len(label)).astype(float)
-        pixels = np.divmod(inside, plane.shape[1])
+        pixels = inside // plane.shape[1], inside % plane.shape[1]
         place = np.stack([np.bincount(compact, p, minlength=len(label)) / area for p in pixels], axis=1)
         order = np.lexsort((place[:, 1], place[:, 0]))
         rank = np.empty(len(label), np.int32)
@@ -267,7 +269,7 @@ def _measure(labels: npt.NDArray[np.integer[Any]], image: npt.NDArray[Any] | Non
         ids.append(label[order])
         places.append(place[order])
         areas.append(area[order])
-        seen = np.zeros(len(label)) if image is None else _brightness(image[t], inside, rank[compact], area[order])
+        seen = np.zeros(len(label)) if image is None else _brightness(image[t], planes[t], inside, area[order])
         brightness.append(seen)
     return _Movie(
         planes=planes,
@@ -282,23 +284,27 @@ def _measure(labels: npt.NDArray[np.integer[Any]], image: npt.NDArray[Any] | Non
     )
 
 
-def _brightness(image: npt.NDArray[Any], inside: Ints, owner: npt.NDArray[np.int32], area: Floats) -> Floats:
+def _native(plane: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.integer[Any]]:
+    """TIFF files may come in another byte order, which neither pandas nor compiled functions read."""
+    return plane if plane.dtype.isnative else plane.astype(plane.dtype.newbyteorder("="))
+
+
+def _brightness(image: npt.NDArray[Any], plane: Labels, inside: Places, area: Floats) -> Floats:
     """Logarithm of each object's mean intensity over the background, relative to the frame's median object.
 
     Args:
         image: (H, W).
-        inside: positions of its pixels that belong to an object.
-        owner: which, from 1 on.
+        plane: (H, W) objects, from 1 on.
+        inside: positions of their pixels.
         area: of the objects, px.
     """
     if len(area) == 0:
         return np.zeros(0)
-    outside = np.ones(image.size, bool)
-    outside[inside] = False
     # A sixteenth of the pixels tells the background as well.
     sample = np.s_[::4, ::4]
-    background = image[sample][outside.reshape(image.shape)[sample]]
+    background = image[sample][plane[sample] == 0]
     floor = float(np.median(background)) if background.size else float(image.min())
+    owner = plane.ravel()[inside]
     signal = np.bincount(owner, image.ravel()[inside], minlength=len(area) + 1)[1:] / area - floor
     # An object no brighter than the background has no logarithm: it is as dim as a hundredth of the usual.
     usual = float(np.median(signal))
@@ -375,16 +381,8 @@ def _change(movie: _Movie, one: Ints, other: Ints, config: TrackingConfig) -> Fl
 
 def _overlap(movie: _Movie, s: int, e: int, move: Ints) -> Ints:
     """(ns + 1, ne + 1) pixels that object i of frame ``s``, moved by ``move[i - 1]`` px, shares with j of ``e``."""
-    height, width = movie.planes.shape[1:]
-    inside = movie.inside[s]
-    label = movie.planes[s].ravel()[inside].astype(np.int64)
-    y, x = np.divmod(inside, width)
-    y += move[label - 1, 0]
-    x += move[label - 1, 1]
-    kept = (y >= 0) & (y < height) & (x >= 0) & (x < width)
-    ns, ne = (int(movie.first[t + 1] - movie.first[t]) + 1 for t in (s, e))
-    pair = label[kept] * ne + movie.planes[e][y[kept], x[kept]]
-    return np.bincount(pair, minlength=ns * ne).reshape(ns, ne)
+    ns, ne = (int(movie.first[t + 1] - movie.first[t]) for t in (s, e))
+    return shared_pixels(movie.planes[s], movie.inside[s], move, movie.planes[e], ns, ne)
 
 
 def _near(a: Floats, b: Floats, reach: float) -> tuple[Ints, Ints, Floats]:
@@ -532,7 +530,7 @@ def _close_gaps(
 
 
 def _number(movie: _Movie, before: Ints, mother: Ints) -> tuple[Labels, pd.DataFrame]:
-    """The movie with one value a track, and the table of daughters."""
+    """The movie's planes with one value a track, and the table of daughters."""
     root = np.arange(len(before))
     for i in np.flatnonzero(before >= 0):
         root[i] = root[before[i]]
@@ -541,14 +539,14 @@ def _number(movie: _Movie, before: Ints, mother: Ints) -> tuple[Labels, pd.DataF
     track = np.zeros(len(before), np.int32)
     track[starts] = np.arange(1, len(starts) + 1)
     track = track[root]
-    labels = np.zeros_like(movie.planes)
     for t, plane in enumerate(movie.planes):
+        # In place, for nobody asks again which object of its frame a pixel is of.
         inside = movie.inside[t]
-        labels[t].ravel()[inside] = track[movie.at(t)][plane.ravel()[inside] - 1]
+        plane.ravel()[inside] = track[movie.at(t)][plane.ravel()[inside] - 1]
     daughters = starts[mother[starts] >= 0]
     parents = {
         "track": track[daughters].astype(np.int64),
         "parent": track[mother[daughters]].astype(np.int64),
         "frame": movie.frame[daughters],
     }
-    return labels, pd.DataFrame(parents)
+    return movie.planes, pd.DataFrame(parents)
