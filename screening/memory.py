@@ -6,9 +6,8 @@ import ctypes
 
 # Parameters of glibc's mallopt, from its malloc.h.
 _M_TRIM_THRESHOLD = -1
-_M_MMAP_THRESHOLD = -3
+_M_MMAP_MAX = -4
 
-_LARGEST_KEPT = 2**25  # bytes: glibc takes no more
 _KEPT = 2**30  # bytes of freed memory at most
 
 
@@ -22,4 +21,5 @@ def keep_freed_memory() -> None:
     except (OSError, AttributeError):  # not glibc
         return
     mallopt(_M_TRIM_THRESHOLD, _KEPT)
-    mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT)
+    # By default it maps large arrays each by itself, and unmaps them when they are freed.
+    mallopt(_M_MMAP_MAX, 0)
