@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format benchmark-site benchmark-ray benchmark-segmentation benchmark-retrieval clean
+.PHONY: help demo test test-slow lint format benchmark-site benchmark-ray benchmark-segmentation benchmark-retrieval benchmark-training clean
 
 help:
 	@echo "make demo       simulate a small screen, run every stage, ask it a question (into demo/)"
@@ -18,6 +18,7 @@ help:
 	@echo "make benchmark-site  a site's steps, speed and F1, beside the plain scikit-image way"
 	@echo "make benchmark-ray   the stage segment on two cores beside a plain loop on one"
 	@echo "make benchmark-segmentation  nuclei and cells against truth, beside the plain scikit-image way"
+	@echo "make benchmark-training  what the steps of training cost, beside the plain ways"
 	@echo "make benchmark-retrieval  retrieval metrics beside a loop over queries, and their memory"
 	@echo "make clean      remove the environment, caches, builds and demo/"
 
@@ -56,6 +57,9 @@ benchmark-segmentation: $(INSTALLED)
 
 benchmark-retrieval: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/retrieval.py
+
+benchmark-training: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training.py
 
 clean:
 	rm -rf $(VENV) demo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

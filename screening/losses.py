@@ -50,10 +50,11 @@ def triplet_losses(
         # By the matrix product, some twenty times faster than by differences. It cancels where clips are near each
         # other and far from the origin, so they are moved there first.
         center = others.mean(dim=0)
-        a, b = embedding - center, others - center
-        distance = torch.addmm(b.square().sum(dim=1), a, b.T, alpha=-2)  # squared, less the clip's own square
+        b = others - center
+        a = b if embedding is others else embedding - center
+        distance = torch.addmm(torch.linalg.vecdot(b, b), a, b.T, alpha=-2)  # squared, less the clip's own square
         positive = distance.masked_fill(~same, -torch.inf).argmax(dim=1)
-        negative = distance.masked_fill(same, torch.inf).argmin(dim=1)
+        negative = distance.masked_fill_(same, torch.inf).argmin(dim=1)
     # Only the mined pairs take part in the gradient, so only their distances are computed again.
     to_positive = _distance(embedding, others.index_select(0, positive))
     to_negative = _distance(embedding, others.index_select(0, negative))
@@ -62,7 +63,9 @@ def triplet_losses(
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:
     """(N,) Euclidean distances, kept from 0 where the root has no gradient."""
-    return (a - b).square().sum(dim=1).clamp(min=1e-12).sqrt()
+    difference = a - b
+    squared: Tensor = torch.linalg.vecdot(difference, difference)
+    return squared.clamp(min=1e-12).sqrt()
 
 
 def center_loss(embedding: Tensor, label: Tensor, centers: Tensor) -> Tensor:

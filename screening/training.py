@@ -186,9 +186,9 @@ class Normalisation(Config):
         shape = (1, -1, 1, 1, 1)
         mean = torch.tensor(self.mean, device=clips.device).reshape(shape)
         std = torch.tensor(self.std, device=clips.device).reshape(shape)
-        # Reordered while still bytes, a quarter of the traffic.
-        x = clips.contiguous(memory_format=torch.channels_last_3d).float()
-        return x.mul_(1 / (white(clips.dtype) * std)).sub_(mean / std)
+        x = clips.float().mul_(1 / (white(clips.dtype) * std)).sub_(mean / std)
+        # Reordered last: planes are scaled faster than pixels whose channels lie side by side.
+        return x.contiguous(memory_format=torch.channels_last_3d)
 
 
 class Learner(nn.Module):
