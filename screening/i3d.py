@@ -46,6 +46,9 @@ class ModelConfig(Config):
         description="time in the last stages: halved (standard) or kept (retain); image: one frame",
     )
     image_frame: int = Field(-1, description="frame of the clip that temporal=image sees; negative counts from the end")
+    crop: int | None = Field(
+        None, ge=1, description="side of the middle of a clip that the network is fed, px; null: the whole clip"
+    )
     neck: bool = Field(True, description="batch-norm neck between embedding and classifier")
     stem_frames: int = Field(
         7,
@@ -167,7 +170,12 @@ class I3DResNet(nn.Module):
             Logits (N, n_classes) and embedding (N, D): in training the embedding before the neck,
             which the metric losses pull together; in evaluation the one after it, which cosine
             distance compares.
+
+        Raises:
+            InputError: if clips are smaller than ``config.crop``.
         """
+        if self.config.crop is not None:
+            x = _middle(x, self.config.crop)
         x = functional.relu(self.bn1(self.conv1(x)), inplace=True)  # (N, width, T, H/2, W/2)
         x = self.maxpool(x)  # (N, width, T/2, H/4, W/4)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
@@ -175,6 +183,15 @@ class I3DResNet(nn.Module):
         after = before if self.neck is None else self.neck(before)
         logits = self.classifier(after)
         return logits, before if self.training else after
+
+
+def _middle(x: Tensor, side: int) -> Tensor:
+    """(N, C, T, H, W) to the middle (N, C, T, side, side)."""
+    h, w = x.shape[3:]
+    if min(h, w) < side:
+        raise InputError(f"model.crop is {side} but clips are {h} × {w} px: choose {min(h, w)} at most, or null")
+    top, left = (h - side) // 2, (w - side) // 2
+    return x[..., top : top + side, left : left + side]
 
 
 class BasicBlock(nn.Module):

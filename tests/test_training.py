@@ -352,6 +352,17 @@ def test_image_model_is_fed_its_one_frame() -> None:
     assert state.step(clips, label) == again.step(other, label)
 
 
+def test_the_network_is_fed_the_middle_of_clips_in_training_and_after() -> None:
+    whole, cropping = make(), make(model=MODEL.model_copy(update={"crop": 12}))
+    clips, label = batch(0)
+    middle = clips[..., 2:14, 2:14]
+    assert cropping.step(clips, label) == whole.step(middle, label)
+    embedded = (embed(state.network, x, NORMALISATION, range(4)) for state, x in ((cropping, clips), (whole, middle)))
+    np.testing.assert_array_equal(*embedded)
+    with pytest.raises(InputError, match=r"model\.crop is 12 but clips are 8 × 8 px: choose 8"):
+        cropping.step(clips[..., :8, :8], label)
+
+
 def test_loss_that_is_not_a_number_names_the_clips_and_leaves_the_weights() -> None:
     state = make()
     with torch.no_grad():
