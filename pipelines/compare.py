@@ -87,10 +87,12 @@ def compare(url: str, overrides: Sequence[str] = ()) -> Comparison:
 
     Raises:
         ConfigError: if other settings are overridden: rivals are trained as the screen was.
-        InputError: if the screen is not trained and evaluated, or whatever else the user can mend.
+        InputError: if the screen is not trained and evaluated, tests nothing, or whatever else the user can mend.
     """
     screen = Screen.open(store.absolute(url))
     config = _settings(screen, overrides)
+    if not store.read_json(screen.evaluation):
+        raise InputError(f"{screen.url}: its split has no queries, so there is nothing to compare methods by")
     shared = with_cells_of(config, screen.url)
     inputs = open_inputs(shared.inputs)
     screens = {"reid": screen}
@@ -195,8 +197,8 @@ def _embed(
     counts = {"wells": len(groups), "cells": len(keys), "trained on": int(trained.sum())}
     undefined = int((~np.isfinite(summary)).sum())
     return counts, [
-        f"{undefined:,} of {summary.size:,} statistics of features are not defined and count as the mean of the training "
-        f"cells; {(scaler.scale == 0).sum()} of {len(scaler.scale)} do not vary among these and are left out."
+        f"{undefined:,} of {summary.size:,} statistics of features are not defined and count as the mean of the "
+        f"training cells; {(scaler.scale == 0).sum()} of {len(scaler.scale)} do not vary among these and are left out."
     ]
 
 
@@ -311,6 +313,11 @@ def table(scores: pd.DataFrame, test: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def heading(test: str) -> str:
+    """What the queries of a test are called; those of a table made by hand are just queries."""
+    return "queries" if test == "query" else f"held-out {test}s"
+
+
 def _title(metric: str) -> str:
     return {"auc": "AUC", "map": "mAP"}.get(metric, metric.replace("rank", "Rank-"))
 
@@ -335,7 +342,7 @@ def markdown(scores: pd.DataFrame, notes: Sequence[str]) -> str:
     lines = ["Percent, with the 95 % interval of a bootstrap over compounds.", ""]
     for test in scores["test"].unique():
         rows = table(scores, test)
-        header = [f"held-out {test}s", *rows.columns[1:]]
+        header = [heading(test), *rows.columns[1:]]
         lines += [_line(header), _line(["---", *["---:"] * (len(header) - 1)])]
         lines += [*map(_line, rows.to_numpy().tolist()), ""]
     return "\n".join([*lines, *(f"- {note}" for note in notes), ""])
@@ -352,13 +359,14 @@ def _notes_on_tests(scores: pd.DataFrame) -> list[str]:
     for test, of_test in whole.groupby("test", sort=False):
         sizes = of_test[["method", "n_queries", "n_compounds"]].drop_duplicates()
         first = sizes.iloc[0]
+        name = heading(str(test)).capitalize()
         notes.append(
-            f"Held-out {test}s: {first['n_queries']:,} cells of {first['n_compounds']} compounds are looked up; "
-            f"what counts for the intervals are the compounds."
+            f"{name}: {first['n_queries']:,} cells of {first['n_compounds']} compounds are looked up; "
+            "what counts for the intervals are the compounds."
         )
         if len(sizes[["n_queries", "n_compounds"]].drop_duplicates()) > 1:
             shown = ", ".join(f"{row.method} {row.n_queries:,}" for row in sizes.itertuples())
-            notes.append(f"Held-out {test}s: not all methods have the same cells ({shown}).")
+            notes.append(f"{name}: not all methods have the same cells ({shown}).")
     return notes
 
 

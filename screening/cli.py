@@ -345,12 +345,12 @@ def compare(screen: ScreenArgument, settings: SetOption = None, output: FormatOp
     is not repeated. Settings are those of the groups baseline and resources.
     """
     from pipelines.compare import compare as run_compare
-    from pipelines.compare import table
+    from pipelines.compare import heading, table
 
     found = run_compare(screen, settings or ())
     if output is Format.table:
         for test in found.scores["test"].unique():
-            typer.echo(f"\nHeld-out {test}s, % (95 % interval over compounds)\n")
+            typer.echo(f"\n{heading(test).capitalize()}, % (95 % interval over compounds)\n")
             _print(table(found.scores, test), output)
         typer.echo("\n" + "\n".join(found.notes))
     else:

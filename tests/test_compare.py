@@ -152,6 +152,14 @@ def test_a_screen_that_is_not_tested_is_an_error(
     assert "is not a screen" in done.err
 
 
+def test_a_screen_without_queries_is_an_error(screen: Screen, command: Command) -> None:
+    store.write_json(screen.evaluation, {})
+    done = command("compare", screen.url)
+    assert done.code == 1
+    assert "its split has no queries" in done.err
+    assert not Path(screen.comparison).exists()
+
+
 def test_settings_of_the_network_are_refused(screen: Screen, command: Command) -> None:
     done = command("compare", screen.url, "--set", "train.epochs=9")
     assert done.code == 2
@@ -175,20 +183,31 @@ def test_the_printed_table_is_in_percent_with_chance_last() -> None:
         ("features", "rank1", 0.5, 0.25, 0.75, 0.125),
         ("features", "rank10", 1.0, 1.0, 1.0, 0.5),
         ("features", "map", 0.4, None, None, 0.2),
+        ("features", "auc", 0.9, 0.8, 1.0, 0.5),
+        ("features", "accuracy", 0.5, 0.0, 1.0, 0.125),
         ("reid", "rank1", 0.75, 0.7, 0.8, 0.125),
         ("reid", "rank10", 1.0, 1.0, 1.0, 0.5),
         ("reid", "map", None, None, None, None),
+        ("reid", "auc", None, None, None, None),
+        ("reid", "accuracy", 1.0, None, None, 0.125),
     ]
     scores = pd.DataFrame(rows, columns=["method", "metric", "value", "low", "high", "chance"])
     scores = scores.astype(dict.fromkeys(["value", "low", "high", "chance"], float))
     scores = scores.assign(test="compound", contrast="all MOAs", n_queries=9, n_compounds=2)
     found = table(scores, "compound")
     assert found.to_numpy().tolist() == [
-        ["hand-made features", "50.0 (25.0–75.0)", "100.0 (100.0–100.0)", "40.0"],
-        ["ReID: the network as trained", "75.0 (70.0–80.0)", "100.0 (100.0–100.0)", "–"],
-        ["chance", "12.5", "50.0", "20.0"],
+        [
+            "hand-made features",
+            "50.0 (0.0–100.0)",
+            "90.0 (80.0–100.0)",
+            "50.0 (25.0–75.0)",
+            "100.0 (100.0–100.0)",
+            "40.0",
+        ],
+        ["ReID: the network as trained", "100.0", "–", "75.0 (70.0–80.0)", "100.0 (100.0–100.0)", "–"],
+        ["chance", "12.5", "50.0", "12.5", "50.0", "20.0"],
     ]
-    assert list(found.columns) == ["method", "Rank-1", "Rank-10", "mAP"]
+    assert list(found.columns) == ["method", "accuracy", "AUC", "Rank-1", "Rank-10", "mAP"]
     text = markdown(scores, ["A note."])
-    assert "| held-out compounds | Rank-1 | Rank-10 | mAP |\n| --- | ---: | ---: | ---: |" in text
+    assert "| held-out compounds | accuracy | AUC | Rank-1 | Rank-10 | mAP |\n| --- | ---: | ---: |" in text
     assert text.endswith("\n- A note.\n")
