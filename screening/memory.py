@@ -7,6 +7,7 @@ import ctypes
 # Parameters of glibc's mallopt, from its malloc.h.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
+_M_ARENA_MAX = -8
 
 _KEPT = 2**30  # bytes of freed memory at most
 
@@ -23,3 +24,5 @@ def keep_freed_memory() -> None:
     mallopt(_M_TRIM_THRESHOLD, _KEPT)
     # By default it maps large arrays each by itself, and unmaps them when they are freed.
     mallopt(_M_MMAP_MAX, 0)
+    # Threads that decode in turns would each keep memory of their own.
+    mallopt(_M_ARENA_MAX, 1)
