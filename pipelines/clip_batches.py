@@ -14,9 +14,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from pipelines.inputs import well_keys
 from screening.augmentation import AugmentConfig, apply, draw
+from screening.splits import CELL, is_of_cells, parts_of
 from storage_schemas.clips import read_clips
+from storage_schemas.keys import WellKey
 from storage_schemas.screen import Screen
 from storage_schemas.tables import CELLS, open_table
 
@@ -79,20 +80,26 @@ class ClipCache:
 
 
 def clip_table(screen: Screen, wells: pd.DataFrame) -> ClipTable:
-    """The clips of some wells (columns plate, well and label), those of failed wells left out."""
+    """The clips of some wells (columns plate, well and label), those of failed wells left out.
+
+    Rows with a site and a track are single cells.
+    """
     done = screen.done_units("segment")
     urls: list[str] = []
     clips: list[int] = []
     labels: list[int] = []
     names: list[str] = []
-    for key, label in zip(well_keys(wells), wells["label"].astype("Int64").fillna(-1), strict=True):
+    for (plate, well), rows in wells.groupby(["plate", "well"], sort=False):
+        key = WellKey(str(plate), str(well))
         if key not in done:
             continue
-        cells = open_table(screen.cells(key), CELLS, ["site", "track", "clip"]).to_pandas()
-        cells = cells[cells["clip"].notna()]
+        cells = open_table(screen.cells(key), CELLS, [*CELL, "clip"]).to_pandas()
+        cells = parts_of(cells[cells["clip"].notna()], rows)
+        if is_of_cells(rows):
+            cells = cells[cells["split"].notna()]
         urls += [screen.clips(key)] * len(cells)
         clips += cells["clip"].astype(int).tolist()
-        labels += [int(label)] * len(cells)
+        labels += cells["label"].astype("Int64").fillna(-1).astype(int).tolist()
         names += [f"{key}/{site}/{track}" for site, track in zip(cells["site"], cells["track"], strict=True)]
     return ClipTable(
         np.array(urls, object), np.array(clips, np.int64), np.array(labels, np.int64), np.array(names, object)

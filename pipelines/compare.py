@@ -30,6 +30,7 @@ from pipelines.units import Counts
 from pipelines.vectors import CELL_KEYS, vector_column
 from screening.baselines import BaselineConfig, Classifier, Scaler, log_ratios, summarise
 from screening.evaluation import ALL_MOAS, score_table
+from screening.splits import parts_of
 from storage_schemas import store
 from storage_schemas.clips import frame_numbers, open_clips
 from storage_schemas.errors import InputError, SchemaError
@@ -253,7 +254,7 @@ def _padded(column: pa.ChunkedArray) -> npt.NDArray[np.float32]:
 
 def _training_labels(keys: pd.DataFrame, split: pd.DataFrame) -> pd.Series[str]:
     """MOA of each training cell, negative controls a class of their own as for the network; null for other cells."""
-    cells = keys.merge(split, on=["plate", "well"], how="left", validate="many_to_one")
+    cells = parts_of(keys, split)
     label = cells["moa"].astype(object).mask(cells["role"] == "negative_control", CONTROL_CLASS)
     return label.where(cells["split"] == "train")
 

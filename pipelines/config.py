@@ -18,7 +18,7 @@ from screening.evaluation import EvaluationConfig
 from screening.i3d import ModelConfig
 from screening.profiles import ProfilesConfig
 from screening.site import ChannelsConfig, SegmentConfig
-from screening.splits import SplitConfig
+from screening.splits import ByCompound, SplitConfig
 from screening.training import TrainConfig
 from storage_schemas import store
 from storage_schemas.base import Config
@@ -50,6 +50,11 @@ class InputsConfig(Config):
     )
     compounds: str | None = Field(
         None, description="table with compound and, if known, name, moa, cas, inchikey, smiles, target"
+    )
+    split: str | None = Field(
+        None,
+        description="with split.method table: table with plate, well, for single cells site and track, and split: what "
+        "each is for; `screening split` writes one to edit",
     )
     unmapped_wells: Literal["error", "skip"] = Field(
         "error", description="wells with images that the plate map does not name"
@@ -110,7 +115,7 @@ class RunConfig(Config):
         description="from plates to single-cell clips; null with inputs.cells",
         examples=[SegmentConfig(channels=ChannelsConfig(nucleus="nucleus"))],
     )
-    split: SplitConfig = Field(SplitConfig(), description="training, validation and held-out tests")
+    split: SplitConfig = Field(ByCompound(), description="training, validation and held-out tests")
     model: ModelConfig = Field(ModelConfig(), description="the network")
     augment: AugmentConfig = Field(AugmentConfig(), description="augmentation of training clips")
     train: TrainConfig = Field(TrainConfig(), description="training")
@@ -132,6 +137,12 @@ class RunConfig(Config):
             raise ValueError("inputs.plates need the group segment, at least segment.channels.nucleus")
         if self.inputs.cells is not None and self.segment is not None:
             raise ValueError("inputs.cells have been cut out already: leave the group segment away")
+        return self
+
+    @model_validator(mode="after")
+    def _a_table_says_the_split(self) -> Self:
+        if (self.split.method == "table") != (self.inputs.split is not None):
+            raise ValueError("split.method table and the table inputs.split go together: give both, or none")
         return self
 
     @model_validator(mode="after")
@@ -174,6 +185,7 @@ def load(url: str, overrides: Sequence[str] = ()) -> RunConfig:
             "cells": config.inputs.cells and store.absolute(config.inputs.cells, base),
             "plate_map": config.inputs.plate_map and store.absolute(config.inputs.plate_map, base),
             "compounds": config.inputs.compounds and store.absolute(config.inputs.compounds, base),
+            "split": config.inputs.split and store.absolute(config.inputs.split, base),
         }
     )
     return config.model_copy(update={"inputs": inputs})

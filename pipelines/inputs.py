@@ -13,7 +13,7 @@ from storage_schemas.errors import InputError, SchemaError
 from storage_schemas.keys import WellKey
 from storage_schemas.plate import Plate, open_plate
 from storage_schemas.screen import Screen
-from storage_schemas.tables import COMPOUNDS, PLATE_MAP, open_table, read_compounds, read_plate_map
+from storage_schemas.tables import COMPOUNDS, PLATE_MAP, open_table, read_compounds, read_plate_map, read_split
 
 if TYPE_CHECKING:  # the configuration pulls in torch, which segmentation workers do without
     from pipelines.config import InputsConfig
@@ -30,6 +30,7 @@ class Inputs:
         plate_map_url: where it was read from.
         compounds: a row a compound of the plate map.
         notes: what was skipped, as the configuration allows.
+        split: what each well or cell is for, where a table says it (see :func:`storage_schemas.tables.read_split`).
     """
 
     plates: dict[str, Plate]
@@ -38,6 +39,7 @@ class Inputs:
     plate_map_url: str
     compounds: pd.DataFrame
     notes: tuple[str, ...]
+    split: pd.DataFrame | None = None
 
     @property
     def wells(self) -> list[WellKey]:
@@ -50,9 +52,9 @@ def well_keys(table: pd.DataFrame) -> list[WellKey]:
     return [WellKey(plate, well) for plate, well in zip(table["plate"], table["well"], strict=True)]
 
 
-def annotation_identity(plate_map: pd.DataFrame, compounds: pd.DataFrame) -> list[list[dict[Any, Any]]]:
+def annotation_identity(*tables: pd.DataFrame) -> list[list[dict[Any, Any]]]:
     """What the tables say, as values that a fingerprint can be made of."""
-    return [frame.astype(object).where(frame.notna(), None).to_dict("records") for frame in (plate_map, compounds)]
+    return [frame.astype(object).where(frame.notna(), None).to_dict("records") for frame in tables]
 
 
 def open_inputs(config: InputsConfig) -> Inputs:
@@ -96,7 +98,8 @@ def open_inputs(config: InputsConfig) -> Inputs:
     plates = {name: plate for name, plate in plates.items() if name in set(plate_map["plate"])}
     compounds = _read_compounds(config, lender, set(plate_map["compound"]), notes)
     cells = lender and (lender.segmented or lender)
-    return Inputs(plates, cells, plate_map, map_url, compounds, tuple(notes))
+    split = None if config.split is None else read_split(config.split)
+    return Inputs(plates, cells, plate_map, map_url, compounds, tuple(notes), split)
 
 
 def _open_lender(url: str) -> Screen:

@@ -141,7 +141,7 @@ def predict(screen: Screen, compound: str | None) -> pd.DataFrame:
     first = split.sort_values(["plate", "well"]).groupby("compound")
     part = first["split"].agg(lambda parts: "train" if "train" in set(parts) else parts.iloc[0])
     votes = votes.assign(true_moa=votes["compound"].map(first["moa"].first()), split=votes["compound"].map(part))
-    order = {"test_compound": 0, "validation": 1, "unused": 2}
+    order = {"test_compound": 0, "query": 0, "validation": 1, "unused": 2}
     votes = votes.assign(order=votes["split"].map(order).fillna(3))
     keys = ["order", "compound"] if compound is None else ["order"]
     return votes.sort_values(keys, kind="stable").drop(columns="order").reset_index(drop=True)

@@ -154,7 +154,7 @@ def _previous(screen: Screen, config: RunConfig, inputs: Inputs, update: bool) -
         return previous
     changed = differences(previous.config, _identity(config))
     if previous.inputs != _input_identity(inputs):
-        changed.append("the plates, the plate map or the compounds")
+        changed.append("the plates, the plate map, the compounds or the table of the split")
     if changed and not update:
         shown = "\n".join(f"  {line}" for line in changed[:10])
         raise ConfigError(
@@ -248,4 +248,5 @@ def _input_identity(inputs: Inputs) -> str:
     Plates are known by name and wells: pixels that change under the same names go unnoticed.
     """
     plates = {name: sorted(plate.well_paths.items()) for name, plate in inputs.plates.items()}
-    return fingerprint(plates, annotation_identity(inputs.plate_map, inputs.compounds))
+    tables = [inputs.plate_map, inputs.compounds, *([] if inputs.split is None else [inputs.split])]
+    return fingerprint(plates, annotation_identity(*tables))

@@ -30,13 +30,14 @@ from pipelines.cluster import READER_CPUS, quiet_ray_data, worker_cpus
 from pipelines.config import RunConfig
 from pipelines.inputs import Inputs
 from pipelines.progress import progress
+from pipelines.split import make_split
 from pipelines.units import Counts, StageError
 from screening.augmentation import AugmentConfig
 from screening.embedding import embed
 from screening.i3d import ModelConfig, frames_seen
 from screening.retrieval import rank
 from screening.sampling import pk_batches
-from screening.splits import check_leaks, split
+from screening.splits import is_of_cells
 from screening.training import Normalisation, TrainConfig, TrainingState
 from storage_schemas import store
 from storage_schemas.checkpoint import (
@@ -69,8 +70,9 @@ class _Job:
     augment: AugmentConfig
     seed: int
     clips: ClipTable  # of the training wells
-    query: ClipTable  # of validation compounds
-    gallery: ClipTable  # of training compounds, to look them up among
+    query: ClipTable  # for validation
+    gallery: ClipTable  # of the training wells, to look them up among
+    groups: dict[str, int]  # well -> number of its replicate and compound, within which nothing is looked up
     class_names: tuple[str, ...]
     channels: tuple[str, ...]
     n_frames: int
@@ -93,8 +95,7 @@ def train(config: RunConfig, inputs: Inputs, screen: Screen, fingerprint: str) -
         StageError: if training fails more often than allowed.
     """
     workers = config.resources.train_workers
-    table, notes = split(inputs.plate_map, inputs.compounds, config.split, config.seed, config.train.label)
-    check_leaks(table)
+    table, notes = make_split(config, inputs, screen)
     write_table(screen.split, table, SPLIT, fingerprint)
 
     clips, class_names = _training_clips(config, screen, table)
@@ -109,6 +110,7 @@ def train(config: RunConfig, inputs: Inputs, screen: Screen, fingerprint: str) -
         clips=clips,
         query=_some(query, config.train.validation_clips, rng),
         gallery=_some(gallery, config.train.validation_clips, rng),
+        groups=_groups(table),
         class_names=class_names,
         channels=tuple(channel_names(first)),
         n_frames=first.shape[2],
@@ -127,7 +129,8 @@ def train(config: RunConfig, inputs: Inputs, screen: Screen, fingerprint: str) -
     _write_metrics(screen, manifest, fingerprint)
     write_checkpoint(screen.checkpoint, manifest, read_weights(last), read_training(last))
     by_split = table["split"].value_counts()
-    counts = {f"wells: {name}": int(n) for name, n in by_split.items()}
+    rows = "cells" if is_of_cells(table) else "wells"
+    counts = {f"{rows}: {name}": int(n) for name, n in by_split.items()}
     counts |= {"clips": len(clips.label), "classes": len(class_names), "epochs": len(manifest.history)}
     return counts, list(notes)
 
@@ -223,11 +226,16 @@ def _training_clips(config: RunConfig, screen: Screen, table: pd.DataFrame) -> t
 
 
 def _validation_clips(screen: Screen, table: pd.DataFrame) -> tuple[ClipTable, ClipTable]:
-    """Cells of validation compounds, and of training compounds to look them up among, both by MOA."""
+    """Cells for validation, and training cells to look them up among, both by MOA."""
     known = table[table["moa"].notna() & (table["role"] != "negative_control")]
     known = known.assign(label=known["moa"].map(_codes(sorted(set(known["moa"])))))
     query, gallery = (clip_table(screen, known[known["split"] == part]) for part in ("validation", "train"))
     return query, gallery
+
+
+def _groups(table: pd.DataFrame) -> dict[str, int]:
+    number = table.groupby(["replicate", "compound"]).ngroup()
+    return dict(zip(table["plate"] + "/" + table["well"], number.tolist(), strict=True))
 
 
 def _codes(class_names: Sequence[str]) -> dict[str, int]:
@@ -347,23 +355,20 @@ def _validate(
     for _ in range(len(_validation_rows(job, 0, rank_, workers))):
         batch = next(batches)
         vectors = embed(state.network, batch["clips"], job.normalisation, frames)
-        found[batch["kind"]].append((vectors, batch["label"]))
+        groups = [job.groups[name.rsplit("/", 2)[0]] for name in batch["name"]]
+        found[batch["kind"]].append((vectors, batch["label"], groups))
     shares: list[Any] = [found]
     if workers > 1:
         shares = [None] * workers
         torch.distributed.all_gather_object(shares, found)
-    query, query_label = _joined(shares, "query")
-    gallery, gallery_label = _joined(shares, "gallery")
-    # Their compounds differ, so nothing in the gallery is a query's own.
-    groups = np.zeros(len(query)), np.ones(len(gallery))
-    score = rank(query, query_label, groups[0], gallery, gallery_label, groups[1]).mean_average_precision
+    score = rank(*_joined(shares, "query"), *_joined(shares, "gallery")).mean_average_precision
     return None if math.isnan(score) else score  # no query has an MOA that the gallery has
 
 
-def _joined(shares: list[Any], kind: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Embeddings and labels of one side, from all workers."""
-    vectors, labels = zip(*(part for share in shares for part in share[kind]), strict=True)
-    return np.concatenate(vectors), np.concatenate(labels)
+def _joined(shares: list[Any], kind: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Embeddings, labels and groups of one side, from all workers."""
+    vectors, labels, groups = zip(*(part for share in shares for part in share[kind]), strict=True)
+    return np.concatenate(vectors), np.concatenate(labels), np.concatenate(groups)
 
 
 # --- reading -------------------------------------------------------------------------------------

@@ -288,6 +288,27 @@ def _run(config: str, out: str, settings: list[str] | None, stages: tuple[Stage,
         raise typer.Exit(Exit.SOME_FAILED)
 
 
+@app.command()
+def split(
+    config: ConfigArgument,
+    out: Annotated[str, typer.Option(help="The table to write, a .csv.", show_default=False)],
+    settings: SetOption = None,
+) -> None:
+    """What would be trained on and what tested? Write the split as a table, to look at or to edit.
+
+    Give the edited table back with --set split.method=table --set inputs.split=TABLE.
+    """
+    from pipelines.config import load
+    from pipelines.split import write_split
+
+    table, notes = write_split(load(config, settings or ()), out)
+    for part, rows in table.groupby("split", sort=False):
+        names = ", ".join(f"{rows[name].nunique()} {name}s" for name in ("compound", "replicate"))
+        typer.echo(f"{part}: {len(rows)} rows, {names}")
+    for note in notes:
+        typer.echo(f"note: {note}")
+
+
 def _stage_command(stage: Stage, what: str) -> None:
     def command(
         config: ConfigArgument, out: OutOption, settings: SetOption = None, update: UpdateOption = False

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +16,9 @@ import pandas as pd
 from pydantic import Field, field_validator
 
 from screening import retrieval
+from screening.cosines import Floats
 from screening.prediction import tally
-from screening.retrieval import Floats, Ranking
+from screening.retrieval import Ranking
 from storage_schemas.base import Config
 from storage_schemas.errors import InputError
 
@@ -32,9 +33,10 @@ class EvaluationConfig(Config):
     n_bootstrap: int = Field(1000, ge=1, description="bootstrap samples of compounds an interval")
     ranks: tuple[int, ...] = Field((1, 5, 10), description="the k of every Rank-k to report")
     max_rank: int = Field(50, ge=1, description="length of the CMC curve, in ranks")
-    exclude: Literal["plate_and_compound", "well", "compound"] = Field(
-        "plate_and_compound",
-        description="gallery cells a query never sees: those that share this with it",
+    exclude: Literal["replicate_and_compound", "well", "compound"] = Field(
+        "replicate_and_compound",
+        description="gallery cells a query never sees: those that share this with it (MitoReID's: the experiment and "
+        "the drug)",
     )
     contrasts: tuple[tuple[str, ...], ...] = Field(
         (), description="sets of two or more MOAs among which retrieval is repeated on its own"
@@ -66,6 +68,7 @@ class Cells:
         compound: (n,) compound.
         plate: (n,) plate.
         well: (n,) well on the plate.
+        replicate: (n,) replicate of the plate.
 
     Raises:
         InputError: columns of different lengths.
@@ -76,6 +79,7 @@ class Cells:
     compound: npt.NDArray[Any]
     plate: npt.NDArray[Any]
     well: npt.NDArray[Any]
+    replicate: npt.NDArray[Any]
 
     def __post_init__(self) -> None:
         lengths = {name: len(column) for name, column in vars(self).items()}
@@ -99,11 +103,19 @@ def evaluate(query: Cells, gallery: Cells, config: EvaluationConfig, rng: np.ran
 
     Cells without an MOA take no part; a query counts when its MOA occurs among its candidates
     (gallery cells that ``config.exclude`` leaves); values are means over the counted queries,
-    ``accuracy`` is over their compounds.
+    ``accuracy`` and ``auc`` are over their compounds.
+
+    ``auc`` is the area under the ROC curve of each MOA against the rest, averaged over the MOAs of
+    the queries (macro): how often a compound of the MOA has a higher score for it than a compound
+    of another one, ties half. Compounds are scored as MitoReID's rule sorts their predictions, by
+    the share of votes and, where that is equal, by the mean cosine distance. That it is an average
+    of comparisons is Hanley & McNeil 1982, "The meaning and use of the area under a receiver
+    operating characteristic (ROC) curve".
 
     Chance is exact for candidates in random order: :func:`screening.retrieval.chance_cmc`,
     :func:`screening.retrieval.chance_average_precision`; for ``accuracy`` it is the expected share
-    of a compound's votes for its own MOA, so that of a compound whose cells vote as one.
+    of a compound's votes for its own MOA, so that of a compound whose cells vote as one; for
+    ``auc`` it is a half.
 
     Args:
         query: the cells that are looked up.
@@ -112,7 +124,7 @@ def evaluate(query: Cells, gallery: Cells, config: EvaluationConfig, rng: np.ran
         rng: draws the bootstrap samples.
 
     Returns:
-        A JSON-safe dictionary: ``rank{k}`` for every k, ``map`` and ``accuracy``, each
+        A JSON-safe dictionary: ``rank{k}`` for every k, ``map``, ``accuracy`` and ``auc``, each
         ``{"value", "low", "high", "chance"}`` with the 95 % percentile interval of a bootstrap
         over compounds; ``n_queries`` and ``n_compounds`` counted, ``n_gallery``, ``n_left_out``
         (queries and gallery cells without an MOA, queries without a match); ``cmc`` and
@@ -199,13 +211,17 @@ def _score(query: Cells, gallery: Cells, config: EvaluationConfig, rng: np.rando
     # The first row of a compound is its verdict, and compounds come in order of appearance too.
     chosen = votes.drop_duplicates("compound")["moa"].to_numpy()
     chance_curve, chance = _chances(ranking, counted, compound_code, config.ranks, depth)
-    values, low, high = _means(ranking, counted, compound_code, true == chosen, config, rng)
-    names = _metric_names(config)
+    sums = _sums(ranking, counted, compound_code, true == chosen, config)
+    wins = _wins(votes, true)
+    values = _weighted(sums, wins, np.ones((1, len(compounds))))[0]
+    low = high = np.full(len(values), np.nan)
+    if len(compounds) > 1:
+        drawn = rng.multinomial(len(compounds), np.full(len(compounds), 1 / len(compounds)), config.n_bootstrap)
+        low, high = _interval(_weighted(sums, wins, drawn.astype(np.float64)))
+    numbers = zip(*map(_or_none, (values, low, high, chance)), strict=True)
+    scores = [dict(zip(("value", "low", "high", "chance"), of_metric, strict=True)) for of_metric in numbers]
     return {
-        **{
-            name: {"value": values[i], "low": low[i], "high": high[i], "chance": chance[i]}
-            for i, name in enumerate(names)
-        },
+        **dict(zip(_metric_names(config), scores, strict=True)),
         "n_queries": len(query),
         "n_compounds": len(compounds),
         "n_gallery": len(gallery),
@@ -213,37 +229,107 @@ def _score(query: Cells, gallery: Cells, config: EvaluationConfig, rng: np.rando
         "cmc": ranking.cmc[: config.max_rank].tolist(),
         "cmc_chance": chance_curve[: config.max_rank].tolist(),
         "confusion": _confusion(true, chosen, query.moa, gallery.moa[nearest], gallery.moa),
-        "note": "one compound only, so there is no interval" if len(compounds) == 1 else None,
+        "note": _note(len(compounds), bool(wins)),
     }
 
 
 def _metric_names(config: EvaluationConfig) -> list[str]:
-    return [*(f"rank{k}" for k in config.ranks), "map", "accuracy"]
+    return [*(f"rank{k}" for k in config.ranks), "map", "accuracy", "auc"]
 
 
-def _means(
+def _note(n_compounds: int, has_auc: bool) -> str | None:
+    if n_compounds == 1:
+        return "one compound only, so there is no interval and no AUC"
+    return None if has_auc else "the queries are of one MOA only, so there is no AUC"
+
+
+class _Sums(NamedTuple):
+    """What the metrics that are means are made of: (compounds, metrics) sums and numbers of what was summed."""
+
+    totals: Floats
+    sizes: Floats
+
+
+class _Wins(NamedTuple):
+    """The comparisons of one MOA's compounds with those of others: positions of both, and (own, others) 1, 0.5 or 0."""
+
+    own: npt.NDArray[Any]
+    others: npt.NDArray[Any]
+    won: Floats
+
+
+def _sums(
     ranking: Ranking,
     counted: npt.NDArray[np.bool_],
     compound_code: npt.NDArray[Any],
     correct: npt.NDArray[Any],
     config: EvaluationConfig,
-    rng: np.random.Generator,
-) -> tuple[list[float], list[float | None], list[float | None]]:
-    """Each metric's mean and the bounds of its interval, in the order of the metrics' names."""
+) -> _Sums:
     first = ranking.first_match[counted]
     per_query = [*(first <= k for k in config.ranks), ranking.average_precision[counted]]
     n_compounds = len(correct)
     sums = [np.bincount(compound_code, scores, n_compounds) for scores in per_query]
     sizes = np.bincount(compound_code, minlength=n_compounds)
-    numerators = np.stack([*sums, correct.astype(np.float64)], axis=1)
-    denominators = np.stack([*[sizes] * len(sums), np.ones(n_compounds)], axis=1)
+    return _Sums(
+        np.stack([*sums, correct.astype(np.float64)], axis=1),
+        np.stack([*[sizes] * len(sums), np.ones(n_compounds)], axis=1),
+    )
 
-    values = (numerators.sum(axis=0) / denominators.sum(axis=0)).tolist()
-    if n_compounds == 1:
-        return values, [None] * len(values), [None] * len(values)
-    drawn = rng.multinomial(n_compounds, np.full(n_compounds, 1 / n_compounds), config.n_bootstrap)
-    low, high = np.quantile((drawn @ numerators) / (drawn @ denominators), _INTERVAL, axis=0)
-    return values, low.tolist(), high.tolist()
+
+def _wins(votes: pd.DataFrame, true: npt.NDArray[Any]) -> list[_Wins]:
+    """Comparisons for every MOA of the queries; none where there is but one.
+
+    Args:
+        votes: as :func:`screening.prediction.tally` gives them.
+        true: MOA of each compound, in order of appearance.
+    """
+    # Whole numbers in the order of (share, nearness), equal where both are.
+    keys = np.column_stack([votes["share"], -votes["mean_distance"].fillna(np.inf)])
+    place = np.unique(keys, axis=0, return_inverse=True)[1].ravel()
+    scores = votes.assign(place=place).pivot(index="compound", columns="moa", values="place")
+    scores = scores.loc[votes["compound"].unique()]
+    found = []
+    for moa in pd.unique(true):
+        is_own = true == moa
+        if is_own.all():
+            break
+        score = scores[moa].to_numpy()
+        difference = score[is_own, None] - score[~is_own]
+        found.append(_Wins(np.flatnonzero(is_own), np.flatnonzero(~is_own), (np.sign(difference) + 1) / 2))
+    return found
+
+
+def _weighted(sums: _Sums, wins: Sequence[_Wins], weights: Floats) -> Floats:
+    """(samples, metrics) in the order of the metrics' names; NaN where there is no AUC.
+
+    Args:
+        sums: of the metrics that are means.
+        wins: of the AUC.
+        weights: (samples, compounds), how often a compound is in a sample.
+    """
+    means = (weights @ sums.totals) / (weights @ sums.sizes)
+    total, n_moas = np.zeros(len(weights)), np.zeros(len(weights))
+    for own, others, won in wins:
+        pairs = weights[:, own].sum(axis=1) * weights[:, others].sum(axis=1)
+        here = pairs > 0
+        total[here] += ((weights[:, own] @ won) * weights[:, others]).sum(axis=1)[here] / pairs[here]
+        n_moas += here
+    auc = np.divide(total, n_moas, out=np.full(len(weights), np.nan), where=n_moas > 0)
+    return np.column_stack([means, auc])
+
+
+def _interval(samples: Floats) -> tuple[Floats, Floats]:
+    """Bounds of each metric; samples in which it is not defined are left out."""
+    bounds = [
+        np.quantile(column[~np.isnan(column)], _INTERVAL) if not np.isnan(column).all() else np.full(2, np.nan)
+        for column in samples.T
+    ]
+    low, high = np.transpose(bounds)
+    return low, high
+
+
+def _or_none(values: npt.ArrayLike) -> list[float | None]:
+    return [None if np.isnan(value) else float(value) for value in np.asarray(values, np.float64)]
 
 
 def _chances(
@@ -262,6 +348,7 @@ def _chances(
         *(float(curve[k - 1]) for k in ranks),
         float(average_precision),
         float(own_share),
+        0.5,
     ]
 
 
@@ -295,8 +382,9 @@ def _groups(cells: Cells, exclude: str) -> list[Any]:
     """What a query must not share with its candidates."""
     if exclude == "compound":
         return list(cells.compound)
-    other = cells.well if exclude == "well" else cells.compound
-    return list(zip(cells.plate, other, strict=True))
+    if exclude == "well":
+        return list(zip(cells.plate, cells.well, strict=True))
+    return list(zip(cells.replicate, cells.compound, strict=True))
 
 
 def _with_moa(cells: Cells) -> Cells:

@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from screening.retrieval import Floats, Ints, Labels, Members, encode, nearest, unit_rows
+from screening.cosines import Floats, Ints
+from screening.retrieval import Labels, Members, encode, nearest, unit_rows
 from storage_schemas.errors import InputError
 
 COLUMNS = ("compound", "moa", "share", "mean_distance", "n_cells")

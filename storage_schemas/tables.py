@@ -24,6 +24,19 @@ _METADATA_KEY = b"screening"
 
 ROLES = ("treatment", "negative_control", "positive_control")
 
+# Roles in training and tests; see screening.splits.
+PARTS = (
+    "train",
+    "validation",
+    "gallery",
+    "test_compound",
+    "test_replicate",
+    "test_well",
+    "test_cell",
+    "query",
+    "unused",
+)
+
 
 @dataclass(frozen=True)
 class TableForm:
@@ -130,15 +143,17 @@ SEQUENCES = TableForm(
 
 SPLIT = TableForm(
     "split",
-    1,
+    2,
     pa.schema(
         [
             *_KEYS,
+            ("site", pa.string()),  # null where a row is a well, like the track
+            ("track", pa.int32()),
             ("compound", pa.string()),
             ("moa", pa.string()),
             ("role", pa.string()),
             ("replicate", pa.string()),
-            ("split", pa.string()),
+            ("split", pa.string()),  # one of PARTS
         ]
     ),
 )
@@ -468,13 +483,7 @@ def read_plate_map(url: str) -> pd.DataFrame:
             frame[column] = frame["plate"] if column == "replicate" else None
     _require_filled(url, frame, ("plate", "well", "compound", "role", "replicate"))
     _refuse(url, frame["role"], ~frame["role"].isin(ROLES), f"is unknown: expected one of {list(ROLES)}")
-    for line, plate, well in zip(frame.index + 1, frame["plate"], frame["well"], strict=True):
-        try:
-            check_name(plate, "plate")
-            canonical_well(well)
-        except InputError as error:
-            raise SchemaError(url, f"line {line}: {error}") from error
-    frame["well"] = frame["well"].map(canonical_well)
+    frame["well"] = _canonical_wells(url, frame)
     concentration = pd.to_numeric(frame["concentration"], errors="coerce").astype(float)
     wrong = frame["concentration"].notna() & ~np.isfinite(concentration)
     _refuse(url, frame["concentration"], wrong, "is not a number: expected one, or nothing")
@@ -502,6 +511,51 @@ def read_compounds(url: str) -> pd.DataFrame:
     _refuse(url, frame["compound"], frame["compound"].duplicated(), "stands there more than once")
     columns: pd.DataFrame = frame[COMPOUNDS.schema.names]
     return columns.sort_values("compound", ignore_index=True)
+
+
+def read_split(url: str) -> pd.DataFrame:
+    """Read and check a user's table of the split.
+
+    Columns ``plate``, ``well`` and ``split`` (one of :data:`PARTS`) must be there; ``site`` and ``track`` make it a
+    table of cells. Other columns are passed over, so that what `screening split` has written can be edited and given
+    back.
+
+    Returns:
+        plate, well, site, track (Int32; both null where rows are wells) and split, a row a well or a row a cell.
+
+    Raises:
+        SchemaError: naming the lines that are not usable and what they should say.
+    """
+    frame = read_user_table(url)
+    _require_columns(url, frame, ("plate", "well", "split"), SPLIT)
+    _require_filled(url, frame, ("plate", "well", "split"))
+    _refuse(url, frame["split"], ~frame["split"].isin(PARTS), f"is unknown: expected one of {list(PARTS)}")
+    frame["well"] = _canonical_wells(url, frame)
+    for column in ("site", "track"):
+        frame[column] = frame.get(column)
+    keys = ["plate", "well"]
+    if frame[["site", "track"]].notna().any(axis=None):
+        _require_filled(url, frame, ("site", "track"))
+        keys += ["site", "track"]
+        number = frame["track"].str.fullmatch(r"[1-9][0-9]{0,8}")
+        _refuse(url, frame["track"], ~number.astype(bool), "is not a track's number: they are counted from 1")
+    names = frame[keys].agg("/".join, axis=1).rename("cell" if len(keys) > 2 else "well")
+    _refuse(url, names, names.duplicated(), "stands there more than once")
+    if frame.empty:
+        raise SchemaError(url, "holds no wells")
+    columns = frame[["plate", "well", "site", "track", "split"]].astype({"track": "Int32"})
+    return columns.sort_values(["plate", "well", "site", "track"], ignore_index=True)
+
+
+def _canonical_wells(url: str, frame: pd.DataFrame) -> pd.Series[str]:
+    """The column well in its one spelling, plate names checked too."""
+    for line, plate, well in zip(frame.index + 1, frame["plate"], frame["well"], strict=True):
+        try:
+            check_name(plate, "plate")
+            canonical_well(well)
+        except InputError as error:
+            raise SchemaError(url, f"line {line}: {error}") from error
+    return frame["well"].map(canonical_well)
 
 
 def _require_columns(url: str, frame: pd.DataFrame, columns: tuple[str, ...], form: TableForm) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from pydantic import ValidationError
+from sklearn.metrics import roc_auc_score
 
 from screening import evaluation, retrieval
 from screening.evaluation import Cells, EvaluationConfig, evaluate
@@ -15,7 +16,7 @@ from screening.prediction import vote
 from storage_schemas.errors import InputError
 
 MOAS = {"c0": "x", "c1": "x", "c2": "y", "c3": "y", "c4": "z", "c5": "z", "DMSO": None}
-METRICS = ("rank1", "rank5", "rank10", "map", "accuracy")
+METRICS = ("rank1", "rank5", "rank10", "map", "accuracy", "auc")
 
 
 def cells(rng: np.random.Generator, n: int, compounds: list[str], noise: float = 1.0) -> Cells:
@@ -23,7 +24,8 @@ def cells(rng: np.random.Generator, n: int, compounds: list[str], noise: float =
     compound = rng.choice(compounds, n)
     moa = np.array([MOAS[c] for c in compound] + [None], object)[:-1]
     embedding = np.array([centres[m] for m in moa]).reshape(n, 8) + noise * rng.normal(size=(n, 8))
-    return Cells(embedding, moa, compound, rng.choice(["p1", "p2"], n), rng.choice(["A1", "B2"], n))
+    plate = rng.choice(["p1", "p2"], n)
+    return Cells(embedding, moa, compound, plate, rng.choice(["A1", "B2"], n), plate)
 
 
 def check_json(result: dict[str, Any]) -> None:
@@ -65,14 +67,54 @@ def test_chance_is_the_score_of_random_embeddings_and_good_ones_exclude_it() -> 
     assert good["map"]["low"] > good["map"]["chance"]
 
 
+@pytest.mark.parametrize("compounds", [["c0", "c1", "c2", "c3", "c4", "c5"], ["c0", "c2", "c3"]])
+def test_auc_is_that_of_scikit_learn_on_the_order_of_the_votes(compounds: list[str]) -> None:
+    rng = np.random.default_rng(11)
+    query, gallery = cells(rng, 70, compounds, 4), cells(rng, 90, list(MOAS)[:-1], 4)
+    config = EvaluationConfig(n_bootstrap=60)
+    auc = evaluate(query, gallery, config, np.random.default_rng(1))["auc"]
+    left = np.array([(c, p) for c, p in zip(query.compound, query.replicate, strict=True)])
+    votes = []
+    for name in compounds:
+        shares, distances = {}, {}
+        own = query.compound == name
+        for moa in "xyz":
+            pairs = [
+                1 - np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b)
+                for a, where in zip(query.embedding[own], left[own], strict=True)
+                for b, other, at in zip(gallery.embedding, gallery.compound, gallery.replicate, strict=True)
+                if (other, at) != tuple(where) and MOAS[other] == moa
+            ]
+            distances[moa] = np.mean(pairs)
+        groups = [list(zip(side.replicate, side.compound, strict=True)) for side in (query, gallery)]
+        nearest = retrieval.nearest(query.embedding, groups[0], gallery.embedding, groups[1])
+        shares = {moa: np.mean(gallery.moa[nearest[own]] == moa) for moa in "xyz"}
+        votes.append({moa: shares[moa] - 1e-9 * distances[moa] for moa in "xyz"})
+    true = [MOAS[name] for name in compounds]
+    expected = [roc_auc_score([moa == m for m in true], [vote[moa] for vote in votes]) for moa in sorted(set(true))]
+    assert auc["value"] == pytest.approx(np.mean(expected))
+    assert auc["low"] <= auc["value"] <= auc["high"]
+    assert auc["chance"] == 0.5
+
+
+def test_one_mechanism_has_no_auc() -> None:
+    rng = np.random.default_rng(12)
+    result = evaluate(cells(rng, 20, ["c0", "c1"]), cells(rng, 30, ["c1", "c3"]), EvaluationConfig(), rng)
+    assert result["auc"] == {"value": None, "low": None, "high": None, "chance": 0.5}
+    assert "one MOA only" in result["note"]
+    assert result["rank1"]["low"] is not None
+    check_json(result)
+
+
 def test_interval_resamples_compounds_with_all_their_cells() -> None:
     """One compound all right, one all wrong: draws of (2, 0), (1, 1), (0, 2), not of cells."""
-    gallery = Cells(np.eye(2), *(np.array(list(v), object) for v in ("xy", "gh", "pp", "ab")))
+    gallery = Cells(np.eye(2), *(np.array(list(v), object) for v in ("xy", "gh", "pp", "ab", "pp")))
     query = Cells(
         np.eye(2)[[0] * 300 + [0] * 100],
         *(np.array(list(v), object) for v in ("x" * 300 + "y" * 100, "c" * 300 + "d" * 100)),
         np.array(["p"] * 400, object),
         np.array(["w"] * 400, object),
+        np.array(["p"] * 400, object),
     )
     rank1 = evaluate(query, gallery, EvaluationConfig(n_bootstrap=400), np.random.default_rng(3))["rank1"]
     assert (rank1["low"], rank1["value"], rank1["high"]) == (0.0, 0.75, 1.0)
@@ -87,12 +129,12 @@ def test_same_seed_same_result() -> None:
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize(("exclude", "expected"), [("plate_and_compound", 1), ("well", 2), ("compound", 0)])
+@pytest.mark.parametrize(("exclude", "expected"), [("replicate_and_compound", 1), ("well", 3), ("compound", 0)])
 def test_exclusion_leaves_out_what_it_says(exclude: str, expected: int) -> None:
-    """One query; one gallery cell of its compound and plate, one of another plate."""
-    columns = (["x", "x"], ["c", "c"], ["p1", "p2"], ["B", "A"])
-    gallery = Cells(np.ones((2, 3)), *(np.array(c, object) for c in columns))
-    query = Cells(np.ones((1, 3)), *(np.array([v], object) for v in ("x", "c", "p1", "A")))
+    """One query; gallery cells of its compound on its plate, on another of its replicate, and in another replicate."""
+    columns = (["x"] * 3, ["c"] * 3, ["p1", "p2", "p3"], ["B", "A", "A"], ["1", "1", "2"])
+    gallery = Cells(np.ones((3, 3)), *(np.array(c, object) for c in columns))
+    query = Cells(np.ones((1, 3)), *(np.array([v], object) for v in ("x", "c", "p1", "A", "1")))
     groups = [evaluation._groups(side, exclude) for side in (query, gallery)]
     assert sum(g != groups[0][0] for g in groups[1]) == expected
     result = evaluate(query, gallery, EvaluationConfig(exclude=exclude, n_bootstrap=5), np.random.default_rng(0))
@@ -163,7 +205,7 @@ def test_one_compound_has_values_without_interval() -> None:
 
 def test_bad_input_is_named() -> None:
     with pytest.raises(InputError, match="different lengths"):
-        Cells(np.ones((2, 3)), *(np.array(["x"], object) for _ in range(4)))
+        Cells(np.ones((2, 3)), *(np.array(["x"], object) for _ in range(5)))
     for bad in ({"ranks": (0,)}, {"ranks": ()}, {"contrasts": (("x",),)}, {"rank": (1,)}):
         with pytest.raises(ValidationError):
             EvaluationConfig(**bad)

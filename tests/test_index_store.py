@@ -11,7 +11,7 @@ import pytest
 from storage_schemas import store
 from storage_schemas.errors import SchemaError
 from storage_schemas.index import LEVELS, IndexManifest, read_level, read_manifest, write_level, write_manifest
-from storage_schemas.tables import SPLIT, write_table
+from storage_schemas.tables import PLATE_MAP, write_table
 
 MANIFEST = IndexManifest("cosine", "abc", 4, {"compound": 2, "well": 3})
 
@@ -70,7 +70,9 @@ def test_ids_of_another_form_or_cut_short_are_refused(url: str) -> None:
     store.write_bytes(where, whole[:-1])
     with pytest.raises(SchemaError, match=r"well\.parquet"):
         read_level(url, "well")
-    write_table(where, pd.DataFrame({name: ["x"] for name in SPLIT.schema.names}), SPLIT)
+    write_table(
+        where, pd.DataFrame({name: ["x"] for name in PLATE_MAP.schema.names}).assign(concentration=1), PLATE_MAP
+    )
     with pytest.raises(SchemaError, match="expected form 'index_ids'"):
         read_level(url, "well")
     with pytest.raises(SchemaError, match=r"missing: \['moa'\]"):

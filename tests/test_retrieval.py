@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from screening import retrieval
+from screening import cosines, retrieval
 from storage_schemas.errors import InputError
 
 
@@ -122,7 +122,7 @@ def test_result_does_not_depend_on_the_chunk_or_on_vector_length(
     label, group, g_label, g_group = columns
     whole = retrieval.rank(query, label, group, gallery, g_label, g_group)
     monkeypatch.setattr(retrieval, "_CHUNK_BYTES", 60 * 4 * 4)
-    monkeypatch.setattr(retrieval, "_TILE", 7)
+    monkeypatch.setattr(cosines, "TILE", 7)
     scaled = gallery * rng.uniform(0.1, 10, size=(60, 1))
     for other in (gallery, scaled):
         cut = retrieval.rank(3 * query, label, group, other, g_label, g_group)

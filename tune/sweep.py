@@ -198,7 +198,8 @@ def _run_trial(space: Mapping[str, str], trials: Mapping[str, Trial], update: bo
         return {"failed": str(error)}
     if wells:
         return {"failed": f"{wells} well(s), see screening status {trial.screen.url}"}
-    value = store.read_json(trial.screen.evaluation)["compound"]["map"]["value"]
+    first = next(iter(store.read_json(trial.screen.evaluation).values()), None)
+    value = None if first is None else first["map"]["value"]
     return {"map": math.nan if value is None else value}
 
 
