@@ -115,7 +115,7 @@ def measure(title: str, ways: dict[str, Callable[[], object]], rounds: int = ROU
 
 def main() -> None:
     """Print a table a step of training."""
-    keep_freed_memory()  # as a worker does
+    keep_freed_memory()  # all ways gain by it
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     torch.manual_seed(0)
