@@ -72,7 +72,6 @@ def test_a_table_is_edited_and_given_back(on_its_cells: list[str], command: Comm
 @pytest.mark.parametrize(
     ("change", "code", "message"),
     [
-        ({"split": "query"}, 1, "nothing to train on"),
         ({"well": "H12"}, 1, "names wells that the plate map has not"),
         (None, 2, "go together"),
     ],
