@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format benchmark-site benchmark-ray benchmark-segmentation benchmark-retrieval benchmark-training clean
+.PHONY: help demo test test-slow lint format benchmark-site benchmark-ray benchmark-segmentation benchmark-retrieval benchmark-training benchmark-train-loading clean
 
 help:
 	@echo "make demo       simulate a small screen, run every stage, ask it a question (into demo/)"
@@ -20,6 +20,7 @@ help:
 	@echo "make benchmark-segmentation  nuclei and cells against truth, beside the plain scikit-image way"
 	@echo "make benchmark-training  what the steps of training cost, beside the plain ways"
 	@echo "make benchmark-retrieval  retrieval metrics beside a loop over queries, and their memory"
+	@echo "make benchmark-train-loading  training through the loader beside batches in memory"
 	@echo "make clean      remove the environment, caches, builds and demo/"
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -60,6 +61,9 @@ benchmark-retrieval: $(INSTALLED)
 
 benchmark-training: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training.py
+
+benchmark-train-loading: $(INSTALLED)
+	$(BIN)/python benchmarks/train_loading.py
 
 clean:
 	rm -rf $(VENV) demo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -83,6 +83,7 @@ def check_room(resources: ResourcesConfig) -> None:
         "segment_cpus": (resources.segment_cpus, cpus, "CPUs"),
         "segment_gpus": (resources.segment_gpus, gpus, "GPUs"),
         "train_readers": (readers + worker_cpus(cpus, workers) * workers, cpus, "CPUs, with the training workers,"),
+        "train_memory_mb": (resources.train_memory_mb * workers, there.get("memory", 0.0) / 2**20, "MiB of memory"),
         "train_gpus": (resources.train_gpus * workers, gpus, "GPUs"),
         "embed_gpus": (resources.embed_gpus * resources.embed_actors, gpus, "GPUs"),
     }
@@ -91,9 +92,15 @@ def check_room(resources: ResourcesConfig) -> None:
             raise InputError(f"resources.{name} asks for {asked:g} {what} and there are {room:g}; set it lower")
 
 
+def usable_cpus(resources: ResourcesConfig) -> float:
+    """CPUs that a run may count on: the cluster's, or fewer where it is told so, as when runs share a cluster."""
+    there: float = ray.cluster_resources().get("CPU", 1.0)
+    return min(there, resources.cpus or there)
+
+
 def worker_cpus(cpus: float, workers: int) -> float:
-    """CPUs that a training worker asks for: half of a small machine is left to the readers."""
-    return min(1.0, 0.5 * cpus / workers)
+    """CPUs that a training worker asks for: so few where there are few that all find room on half of the nodes."""
+    return min(1.0, 0.25 * cpus / workers)
 
 
 @contextmanager

@@ -11,11 +11,13 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from pipelines.loggers import LoggerConfig
 from screening.augmentation import AugmentConfig
 from screening.baselines import BaselineConfig
 from screening.embedding import EmbedConfig
 from screening.evaluation import EvaluationConfig
 from screening.i3d import ModelConfig
+from screening.initialisation import InitialWeights, RandomWeights
 from screening.profiles import ProfilesConfig
 from screening.site import ChannelsConfig, SegmentConfig
 from screening.splits import ByCompound, SplitConfig
@@ -83,11 +85,13 @@ class InputsConfig(Config):
 class ResourcesConfig(Config):
     """What the run may use; a run may go on with other resources.
 
-    Cells and clips do not depend on them. Training does: the number of threads changes rounding, and each worker
-    augments and batch-normalises its own share.
+    Cells and clips do not depend on them. Training does by its rounding, which the numbers of threads and of workers
+    change.
     """
 
-    cpus: int | None = Field(None, ge=1, description="CPUs of a Ray started on this machine; null: all")
+    cpus: int | None = Field(
+        None, ge=1, description="CPUs that the run uses: a Ray started on this machine has as many; null: all"
+    )
     object_store_mb: int = Field(512, ge=80, description="MiB of Ray's object store on this machine")
     segment_cpus: float = Field(1.0, gt=0, description="CPUs that one well's segmentation asks for")
     segment_gpus: float = Field(
@@ -101,7 +105,20 @@ class ResourcesConfig(Config):
         512, ge=0, description="MiB of clips that each of them keeps in memory, to read them once"
     )
     train_gpus: float = Field(0.0, ge=0, description="GPUs that one training worker asks for")
+    train_memory_mb: int = Field(0, ge=0, description="MiB of memory that one training worker asks for; 0: any")
     train_max_failures: int = Field(2, ge=0, description="lost workers or nodes after which training gives up")
+
+
+class PretrainConfig(Config):
+    """What comes before the training on `train.label`, as with MitoReID: each training compound is an identity.
+
+    Those whose MOA is not known are learnt from too. What is not said here is as in the group train.
+    """
+
+    epochs: int = Field(0, ge=0, description="epochs of pretraining on compounds; 0: none")
+    p: int | None = Field(None, ge=2, description="identities a batch; null: train.p")
+    k: int | None = Field(None, ge=2, description="clips an identity in a batch; null: train.k")
+    lr: float | None = Field(None, gt=0, description="learning rate; null: train.optimizer.lr")
 
 
 class RunConfig(Config):
@@ -118,6 +135,8 @@ class RunConfig(Config):
     split: SplitConfig = Field(ByCompound(), description="training, validation and held-out tests")
     model: ModelConfig = Field(ModelConfig(), description="the network")
     augment: AugmentConfig = Field(AugmentConfig(), description="augmentation of training clips")
+    initial: InitialWeights = Field(RandomWeights(), description="what the network's weights start from")
+    pretrain: PretrainConfig = Field(PretrainConfig(), description="training on compounds before that on train.label")
     train: TrainConfig = Field(TrainConfig(), description="training")
     embed: EmbedConfig = Field(EmbedConfig(), description="embedding of all clips")
     profiles: ProfilesConfig = Field(ProfilesConfig(), description="well and compound profiles")
@@ -128,6 +147,9 @@ class RunConfig(Config):
         ge=0,
         le=1,
         description="share of wells that may fail before the run stops; a well counts by the share of its sites",
+    )
+    logging: tuple[LoggerConfig, ...] = Field(
+        (), description="where the training is logged beside the screen, such as [{method: tensorboard}]"
     )
     resources: ResourcesConfig = Field(ResourcesConfig(), description="what the run may use")
 
@@ -147,14 +169,27 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _identities_can_be_shared(self) -> Self:
-        share, rest = divmod(self.train.p, self.resources.train_workers)
-        if rest or share < 2:
-            # With one identity alone a worker would have nothing to tell it from.
-            raise ValueError(
-                f"train.p={self.train.p} identities cannot be shared by {self.resources.train_workers} workers: each "
-                "takes as many, and two at least; change train.p or resources.train_workers"
-            )
+        workers = self.resources.train_workers
+        for name, p in (("train.p", self.train.p), ("pretrain.p", self.pretrain.p or self.train.p)):
+            share, rest = divmod(p, workers)
+            if rest or share < 2:
+                # With one identity alone a worker would have nothing to tell it from.
+                raise ValueError(
+                    f"{name}={p} identities cannot be shared by {workers} workers: each takes as many, and two at "
+                    f"least; change {name} or resources.train_workers"
+                )
         return self
+
+    @model_validator(mode="after")
+    def _pretraining_comes_before_another_training(self) -> Self:
+        if self.pretrain.epochs and self.train.label == "compound":
+            raise ValueError("pretrain.epochs goes before train.label=moa; with compound the training is on compounds")
+        return self
+
+    @property
+    def broadest_label(self) -> Literal["moa", "compound"]:
+        """What the wells trained on must have: with compounds as identities, those without an MOA are trained on."""
+        return "compound" if self.pretrain.epochs else self.train.label
 
 
 def load(url: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -188,7 +223,10 @@ def load(url: str, overrides: Sequence[str] = ()) -> RunConfig:
             "split": config.inputs.split and store.absolute(config.inputs.split, base),
         }
     )
-    return config.model_copy(update={"inputs": inputs})
+    initial = config.initial
+    if not isinstance(initial, RandomWeights):
+        initial = initial.model_copy(update={"path": store.absolute(initial.path, base)})
+    return config.model_copy(update={"inputs": inputs, "initial": initial})
 
 
 def override(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
@@ -342,6 +380,8 @@ def _members(annotation: Any) -> list[type[BaseModel]]:
         return _members(typing.get_args(annotation)[0])
     if origin in (typing.Union, types.UnionType):
         return [m for member in typing.get_args(annotation) for m in _members(member)]
+    if origin is tuple:
+        return _members(typing.get_args(annotation)[0])
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return []

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import ray
 import torch
 
+from pipelines.cluster import usable_cpus
 from pipelines.config import RunConfig
 from pipelines.inputs import Inputs
 from pipelines.units import Counts, Work, run_units
@@ -37,7 +37,7 @@ def embed_screen(config: RunConfig, inputs: Inputs, screen: Screen, fingerprint:
     segmented = screen.done_units("segment")
     units = [well for well in inputs.wells if well in segmented]
     actors = config.resources.embed_actors
-    cpus = ray.cluster_resources().get("CPU", 1) / actors
+    cpus = usable_cpus(config.resources) / actors
     context = _Context(screen, config.embed, fingerprint, max(1, int(cpus)))
     work = Work(
         EmbedWells,

@@ -20,7 +20,7 @@ from storage_schemas.clips import as_bytes, channel_names, open_clips, read_clip
 from storage_schemas.screen import Screen
 from storage_schemas.tables import CELLS, QUALITY, TRAINING_METRICS, open_table
 
-OUTPUT_VERSION = 2  # raised when the same configuration gives another page
+OUTPUT_VERSION = 3  # raised when the same configuration gives another page
 
 _MAPPED_CELLS = 20_000  # more would be one blot, and a heavy page
 _EXAMPLES = 40  # clips in the page
@@ -55,7 +55,7 @@ def report(config: RunConfig, inputs: Inputs, screen: Screen, fingerprint: str) 
         quality=pd.DataFrame() if judged.empty else summarise(judged),
         quality_limits=_quality_limits(config, screen, judged),
         bad_sites=bad_sites(screen, judged),
-        training=metrics.pivot(index="epoch", columns="name", values="value").reset_index(),
+        training=metrics.pivot(index=["phase", "epoch"], columns="name", values="value").reset_index(),
         embedding_map=_map(maps, keys, embeddings, rng),
         evaluation=store.read_json(screen.evaluation),
         retrieval=nearest_compounds(screen, _NEIGHBOURS),

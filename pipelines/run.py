@@ -28,7 +28,7 @@ _SOFTWARE = ("screening", "ray", "torch", "numpy", "zarr", "scikit-image", "fais
 class _StageSpec:
     """A stage: what does it, which earlier stages and which parts of the configuration it depends on."""
 
-    function: Callable[[RunConfig, Inputs, Screen, str], tuple[Counts, list[str]]]
+    function: Callable[..., tuple[Counts, list[str]]]  # of configuration, inputs, screen and fingerprint
     version: int
     after: tuple[Stage, ...]
     settings: tuple[str, ...]
@@ -41,7 +41,7 @@ _SPECS: dict[Stage, _StageSpec] = {
         train.train,
         train.OUTPUT_VERSION,
         ("segment",),
-        ("seed", "split", "model", "augment", "train"),
+        ("seed", "split", "model", "augment", "initial", "pretrain", "train"),
     ),
     "embed": _StageSpec(embed.embed_screen, embed.OUTPUT_VERSION, ("segment", "train"), (), tables=False),
     "index": _StageSpec(index.index, index.OUTPUT_VERSION, ("embed",), ("profiles",)),
@@ -62,6 +62,7 @@ def run(
     stages: Sequence[Stage] = STAGES,
     *,
     update: bool = False,
+    on_epoch: train.OnEpoch | None = None,
 ) -> int:
     """Run stages of a screen, or go on with them.
 
@@ -70,6 +71,7 @@ def run(
         out: the screen's folder or object-store prefix.
         stages: which; those before them must have been done.
         update: accept that the folder holds a run of another configuration, and do again what depends on the change.
+        on_epoch: called with the metrics of every epoch of training, from another thread.
 
     Returns:
         How many sites and wells failed, and are recorded as failed.
@@ -82,6 +84,8 @@ def run(
     _check_folder(config, inputs, url)
     screen = Screen(url, inputs.cells)
     _check_settings(config, inputs)
+    if "train" in stages:
+        train.check_settings(config, url)
     previous = _previous(screen, config, inputs, update)
     store.remove_partial(url)
     _write_start(config, screen, inputs, previous)
@@ -95,7 +99,7 @@ def run(
             if stage == "segment" and inputs.cells is not None:
                 console.print(f"segment: the cells of {inputs.cells.url} are taken", soft_wrap=True)
                 continue
-            _run_stage(stage, config, inputs, screen)
+            _run_stage(stage, config, inputs, screen, on_epoch)
             failed += len(screen.failures(stage))
     return failed
 
@@ -153,8 +157,8 @@ def _previous(screen: Screen, config: RunConfig, inputs: Inputs, update: bool) -
         # Nothing has been made yet that another configuration could spoil.
         return previous
     changed = differences(previous.config, _identity(config))
-    if previous.inputs != _input_identity(inputs):
-        changed.append("the plates, the plate map, the compounds or the table of the split")
+    if previous.inputs != _input_identity(config, inputs):
+        changed.append("the plates, a table of theirs, or the file of the initial weights")
     if changed and not update:
         shown = "\n".join(f"  {line}" for line in changed[:10])
         raise ConfigError(
@@ -166,7 +170,7 @@ def _previous(screen: Screen, config: RunConfig, inputs: Inputs, update: bool) -
 
 def _identity(config: RunConfig) -> dict[str, Any]:
     """The configuration without what changes no result."""
-    return config.model_dump(mode="json", exclude={"resources", "max_failed_share"})
+    return config.model_dump(mode="json", exclude={"resources", "max_failed_share", "logging"})
 
 
 def _write_start(config: RunConfig, screen: Screen, inputs: Inputs, previous: Manifest | None) -> None:
@@ -177,7 +181,7 @@ def _write_start(config: RunConfig, screen: Screen, inputs: Inputs, previous: Ma
     manifest = Manifest(
         software=software,
         config=_identity(config),
-        inputs=_input_identity(inputs),
+        inputs=_input_identity(config, inputs),
         cells=None if screen.segmented is None else screen.segmented.url,
         stages=_records(screen, previous),
     )
@@ -218,16 +222,17 @@ def _fingerprint(
         before[name] = record.output
     settings = config.model_dump(mode="json", include=set(spec.settings))
     # Without tables a stage goes well by well, and which wells are left is told by what is there.
-    return fingerprint(stage, spec.version, settings, before, _input_identity(inputs) if spec.tables else "")
+    return fingerprint(stage, spec.version, settings, before, _input_identity(config, inputs) if spec.tables else "")
 
 
-def _run_stage(stage: Stage, config: RunConfig, inputs: Inputs, screen: Screen) -> None:
+def _run_stage(stage: Stage, config: RunConfig, inputs: Inputs, screen: Screen, on_epoch: train.OnEpoch | None) -> None:
+    more = {"on_epoch": on_epoch} if stage == "train" else {}
     mark = _fingerprint(stage, config, inputs, screen, screen.read_manifest().stages)
     do_stage(
         screen,
         stage,
         mark,
-        partial(_SPECS[stage].function, config, inputs, screen, mark),
+        partial(_SPECS[stage].function, config, inputs, screen, mark, **more),
         {"wells": len(inputs.wells)} if stage in ("segment", "embed") else {},
         whole=_all_units(stage, inputs, screen),
     )
@@ -242,11 +247,11 @@ def _all_units(stage: Stage, inputs: Inputs, screen: Screen) -> bool:
     return True
 
 
-def _input_identity(inputs: Inputs) -> str:
-    """Which images a run sees, and what the tables say of them.
+def _input_identity(config: RunConfig, inputs: Inputs) -> str:
+    """Which images a run sees, what the tables say of them, and what weights it starts from.
 
     Plates are known by name and wells: pixels that change under the same names go unnoticed.
     """
     plates = {name: sorted(plate.well_paths.items()) for name, plate in inputs.plates.items()}
     tables = [inputs.plate_map, inputs.compounds, *([] if inputs.split is None else [inputs.split])]
-    return fingerprint(plates, annotation_identity(*tables))
+    return fingerprint(plates, annotation_identity(*tables), *train.weights_identity(config.initial))

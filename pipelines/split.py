@@ -30,7 +30,7 @@ def make_split(config: RunConfig, inputs: Inputs, cells: Screen | None) -> Split
     found = None if cells is None or config.split.method != "cell" else _cells(cells, inputs)
     try:
         made = divide(
-            inputs.plate_map, inputs.compounds, config.split, config.seed, config.train.label, found, inputs.split
+            inputs.plate_map, inputs.compounds, config.split, config.seed, config.broadest_label, found, inputs.split
         )
         check_leaks(made.table, unit(config.split))
     except InputError as error:

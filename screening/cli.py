@@ -464,6 +464,17 @@ def status(screen: ScreenArgument, output: FormatOption = Format.table) -> None:
 
 
 @app.command()
+def normalisation(screen: ScreenArgument, output: FormatOption = Format.table) -> None:
+    """What are clips centred and scaled by in training? Mean and standard deviation of each channel, from 0 to 1.
+
+    Measured on the training clips of a segmented screen; a trained one keeps them in its checkpoint.
+    """
+    from pipelines.train import normalisation as measure
+
+    _print(measure(screen), output)
+
+
+@app.command()
 def config() -> None:
     """Print the full default configuration, each setting with what it means."""
     from pipelines.config import commented_default

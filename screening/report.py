@@ -108,7 +108,7 @@ class ReportData:
         quality: A row a plate: sites, frames and the shares of them that are bad, by reason.
         quality_limits: A row a plate and channel: what is usual, and beyond which value frames are bad.
         bad_sites: A row a site that failed or that something is wrong with, the worst first.
-        training: A row an epoch: `epoch` and any numbers; each becomes a small curve.
+        training: A row an epoch: `phase`, `epoch` and any numbers; each becomes a small curve.
         embedding_map: A row a cell: x, y (of `embedding_map`), compound, moa, plate, well and,
             where known, replicate.
         evaluation: As `evaluation.evaluate` returns it, under "compound" and "replicate"; a test
@@ -716,10 +716,19 @@ class _Map:
 
 
 def _training_curves(training: pd.DataFrame) -> list[_Curve]:
-    """A small curve for every number that was logged by epoch; its scale is its own."""
+    """A small curve for every number that was logged by epoch, one a phase; its scale is its own."""
     if training.empty or "epoch" not in training:
         return []
-    numbers = training.select_dtypes("number").drop(columns="epoch", errors="ignore")
+    phases = {str(phase): rows for phase, rows in training.groupby("phase")}
+    return [
+        curve
+        for phase, rows in phases.items()
+        for curve in _phase_curves(rows, phase, f" ({phase})" if len(phases) > 1 else "")
+    ]
+
+
+def _phase_curves(training: pd.DataFrame, phase: str, suffix: str) -> list[_Curve]:
+    numbers = training.select_dtypes("number").drop(columns="epoch")
     curves = []
     for i, name in enumerate(numbers.columns):
         shown = np.isfinite(numbers[name].to_numpy(dtype=float))
@@ -730,12 +739,12 @@ def _training_curves(training: pd.DataFrame) -> list[_Curve]:
         axes = _axes(3.2, 2.1)
         axes.plot(epochs, values, color=_ACCENT, marker="o", markersize=2.5, linewidth=1.6)
         axes.set(xlabel="epoch", xlim=(epochs.min() - 0.5, epochs.max() + 0.5))
-        title = str(name).replace("_", " ")
+        title = str(name).replace("_", " ") + suffix
         alt = (
             f"{title} by epoch: {values[0]:.3g} at epoch {epochs[0]}, {values[-1]:.3g} at epoch "
             f"{epochs[-1]}; lowest {values.min():.3g}, highest {values.max():.3g}."
         )
-        curves.append(_Curve(title, alt, _svg(axes, f"training-{i}")))
+        curves.append(_Curve(title, alt, _svg(axes, f"{phase}-{i}")))
     return curves
 
 

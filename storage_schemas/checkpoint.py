@@ -32,8 +32,8 @@ class CheckpointManifest:
         mean: per channel, of intensities on [0, 1].
         std: likewise.
         embedding_dim: length of an embedding.
-        epoch: after which epoch of the training these weights stood, the best so far.
-        history: losses and metrics of each epoch so far.
+        epoch: after which epoch of its phase of the training these weights stood, the best so far.
+        history: of each epoch so far its ``phase``, its number in that (``epoch``), losses and metrics.
         fingerprint: of the training stage.
     """
 
@@ -45,7 +45,7 @@ class CheckpointManifest:
     std: tuple[float, ...]
     embedding_dim: int
     epoch: int
-    history: tuple[dict[str, float], ...]
+    history: tuple[dict[str, Any], ...]
     fingerprint: str
 
 

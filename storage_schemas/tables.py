@@ -160,8 +160,15 @@ SPLIT = TableForm(
 
 TRAINING_METRICS = TableForm(
     "training_metrics",
-    1,
-    pa.schema([("epoch", pa.int32()), ("name", pa.string()), ("value", pa.float64())]),
+    2,
+    pa.schema(
+        [
+            ("phase", pa.string()),  # "pretrain" on compounds, "train" on what the configuration says
+            ("epoch", pa.int32()),  # of the phase, counted from 1
+            ("name", pa.string()),
+            ("value", pa.float64()),
+        ]
+    ),
 )
 
 INDEX_IDS = TableForm(
@@ -180,18 +187,37 @@ INDEX_IDS = TableForm(
 
 SWEEP_RESULTS = TableForm(
     "sweep_results",
-    1,
+    2,
     pa.schema(
         [
             ("ablation", pa.string()),
+            ("network", pa.string()),  # as the field calls it: ResNet-18
             ("seed", pa.int32()),
-            ("test", pa.string()),  # what was held out: compound or replicate
+            ("epochs", pa.int32()),  # that were trained
+            ("train_seconds", pa.float64()),  # wall-clock time of the command that ended the training
+            ("test", pa.string()),  # what was held out: compound, replicate, ...
             ("contrast", pa.string()),  # the MOAs that retrieval was among
+            ("n_queries", pa.int32()),  # cells that were looked up
             ("metric", pa.string()),
             ("value", pa.float64()),  # null where there was nothing to score, like the three after it
             ("low", pa.float64()),  # 95 % interval over compounds
             ("high", pa.float64()),
             ("chance", pa.float64()),
+        ]
+    ),
+)
+
+SEARCH_RESULTS = TableForm(
+    "search_results",
+    1,
+    pa.schema(
+        [
+            ("sample", pa.int32()),  # 0: the configuration as it is
+            ("settings", pa.string()),  # JSON: dotted key -> value
+            ("seed", pa.int32()),
+            ("state", pa.string()),  # of the training: done, or stopped early
+            ("epoch", pa.int32()),
+            ("validation_map", pa.float64()),
         ]
     ),
 )

@@ -127,7 +127,9 @@ def screen(compound: str = "drug A", n_rows: int = 2, n_columns: int = 3) -> Rep
         quality=pd.DataFrame({"plate": ["p1", "p2"], "sites": [4, 4], "frames": [32, 32], "bad": [0.0, 0.125]}),
         quality_limits=pd.DataFrame({"plate": ["p1"], "channel": ["nucleus"], "soft_below": [0.0123]}),
         bad_sites=pd.DataFrame({"site": ["p2/A01/0"], "outcome": ["failed"], "reason": ["unreadable"], "what": ["x"]}),
-        training=pd.DataFrame({"epoch": [1, 2, 3], "loss": [3.0, 2.0, 1.5], "lr": [0.1, 0.1, 0]}),
+        training=pd.DataFrame(
+            {"phase": ["train"] * 3, "epoch": [1, 2, 3], "loss": [3.0, 2.0, 1.5], "lr": [0.1, 0.1, 0]}
+        ),
         embedding_map=cells.assign(x=rng.normal(size=50), y=rng.normal(size=50)),
         evaluation={"compound": evaluation(), "replicate": evaluation()},
         retrieval=pd.DataFrame(
