@@ -330,28 +330,50 @@ _stage_command("report", "All of it in; one HTML page out.")
 def sweep(
     config: ConfigArgument,
     out: Annotated[str, typer.Option(help="Folder or URL of the sweep.", show_default=False)],
-    ablations: Annotated[str, typer.Option(help="Which, with commas.")] = ",".join(ABLATIONS),
+    ablations: Annotated[
+        str | None, typer.Option(help=f"Which, with commas; all by default: {', '.join(ABLATIONS)}.")
+    ] = None,
+    depths: Annotated[
+        str | None, typer.Option(help="Each ablation is run with each of these depths of the network, with commas.")
+    ] = None,
+    search: Annotated[
+        str | None,
+        typer.Option(
+            metavar="YAML|default", help="Instead of ablations: search the settings that this file says, or the usual."
+        ),
+    ] = None,
     seeds: Annotated[str, typer.Option(help="Each ablation is run with each of these, with commas.")] = "0,1,2",
-    concurrency: Annotated[int, typer.Option(min=1, help="Trials that train at once.")] = 1,
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, help="Trials that train at once; by default as many as there is room for.")
+    ] = None,
     settings: SetOption = None,
     update: UpdateOption = False,
 ) -> None:
-    """Train and test again without parts of the method: a table of what each part is worth.
+    """Train and test again without parts of the method: a table of what each part is worth. Or search its settings.
 
-    Plates are segmented once; a trial that is done is not repeated.
+    Plates are segmented once; a trial that is done is not repeated. A search compares samples on validation compounds,
+    the first of --seeds first; the best is tested once and its configuration written.
     """
     from pipelines.config import load
     from storage_schemas import store
-    from tune.sweep import TABLE
-    from tune.sweep import sweep as run_sweep
 
-    try:
-        numbers = [int(seed) for seed in seeds.split(",")]
-    except ValueError as error:
-        raise typer.BadParameter(f"{seeds!r} is not a list of whole numbers", param_hint="--seeds") from error
-    failed = run_sweep(
-        load(config, settings or ()), out, ablations.split(","), numbers, concurrency=concurrency, update=update
-    )
+    numbers = _whole_numbers(seeds, "--seeds")
+    loaded = load(config, settings or ())
+    if search is not None:
+        from tune.search import TABLE
+        from tune.search import search as run_search
+        from tune.space import load_search
+
+        if ablations is not None or depths is not None:
+            raise typer.BadParameter("is not for --ablations or --depths", param_hint="--search")
+        failed = run_search(loaded, out, load_search(search), numbers, concurrency=concurrency, update=update)
+    else:
+        from tune.sweep import TABLE
+        from tune.sweep import sweep as run_sweep
+
+        names = list(ABLATIONS) if ablations is None else ablations.split(",")
+        deep = [] if depths is None else _whole_numbers(depths, "--depths")
+        failed = run_sweep(loaded, out, names, numbers, deep, concurrency=concurrency, update=update)
     typer.echo(store.read_bytes(store.join(out, TABLE)).decode(), nl=False)
     if failed:
         typer.echo(f"{out}: {failed} site(s), well(s) or trial(s) failed", err=True)
@@ -480,6 +502,13 @@ def config() -> None:
     from pipelines.config import commented_default
 
     typer.echo(commented_default(), nl=False)
+
+
+def _whole_numbers(text: str, option: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is not a list of whole numbers", param_hint=option) from error
 
 
 def _stages(text: str | None) -> tuple[Stage, ...]:

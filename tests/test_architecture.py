@@ -138,7 +138,7 @@ def test_every_named_module_exists() -> None:
 def test_every_imported_library_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["s3"], *extras["cellpose"]]
+    wanted = [*project["dependencies"], *extras["s3"], *extras["cellpose"], *extras["optuna"]]
     declared = {re.split(r"[^A-Za-z0-9-]", requirement)[0].lower() for requirement in wanted}
     libraries = {
         found.package

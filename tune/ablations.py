@@ -1,7 +1,7 @@
 """The ablations: what is taken away from a configuration, each by name.
 
-The first three are rows of MitoReID's table (Nature Computational Science 2024); the others take away a part each of
-its network and its loss.
+The first four are the rows of MitoReID's table (Nature Computational Science 2024); the others take away a part each of
+its network and its training.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ class Ablation(NamedTuple):
 ABLATIONS: Mapping[str, Ablation] = MappingProxyType(
     {
         "full": Ablation("full, as configured", ()),
+        "no-pretraining": Ablation("minus pretraining", ("pretrain.epochs=0",)),
         "standard-time": Ablation("minus retained temporal dimension", ("model.temporal=standard",)),
         "image": Ablation("minus temporal dimension (image)", ("model.temporal=image",)),
         "no-neck": Ablation("minus neck", ("model.neck=false",)),
         "no-triplet": Ablation("minus triplet loss", ("train.triplet_weight=0",)),
         "no-center": Ablation("minus centre loss", ("train.center_weight=0",)),
+        "no-mislabel": Ablation("minus mislabel rule", ("train.mislabel=null",)),
     }
 )
