@@ -52,7 +52,6 @@ def run_settings(config: SimulationConfig) -> dict[str, object]:
             "optimizer": {"method": "adamw", "lr": 0.005},
             "validation_clips": 256,
         },
-        # Blurring takes torchvision, whose import alone takes seconds in each process.
         "augment": {"blur_probability": 0.0},
         "evaluation": {"contrasts": [list(KINETIC_PAIR)] if set(KINETIC_PAIR) <= set(config.moas) else []},
     }

@@ -49,7 +49,6 @@ LET_OFF = {
     "screening.augmentation": NETWORK,
     "screening.training": NETWORK,
     "screening.embedding": NETWORK,
-    "screening.torchvision_shim": NETWORK,
 }
 
 # What `screening query` and `screening predict` load: they must start in an instant.

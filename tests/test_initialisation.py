@@ -13,10 +13,10 @@ from hara import Hara, fill, release
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from torch.nn import functional
+from torchvision_models import import_models
 
 from screening.i3d import I3DResNet, ModelConfig
 from screening.initialisation import InitialWeights, RandomWeights, inflate, initialise, read_initial_weights
-from screening.torchvision_shim import import_torchvision
 from storage_schemas import store
 from storage_schemas.checkpoint import CheckpointManifest, write_checkpoint
 from storage_schemas.errors import InputError
@@ -222,7 +222,7 @@ def test_an_inflated_kernel_sees_a_still_clip_as_an_image(channels: int, frames:
 
 
 def photographs(name: str) -> torch.nn.Module:
-    return fill(getattr(import_torchvision("torchvision.models"), name)())
+    return fill(getattr(import_models(), name)())
 
 
 @needs_torchvision
@@ -255,7 +255,7 @@ def test_photographs_in_a_network_over_time_and_other_channels() -> None:
 
 @needs_torchvision
 def test_two_and_three_dimensions_are_not_confused() -> None:
-    models = import_torchvision("torchvision.models")
+    models = import_models()
     with torch.device("meta"):  # only shapes are looked at
         net, deep = network(depth=18, width=64), network(depth=50, width=64)
         flat, other, wide = (make().state_dict() for make in (models.resnet18, models.resnet50, models.wide_resnet50_2))
