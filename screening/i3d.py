@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self, TypeAlias, get_args
 
@@ -413,37 +413,54 @@ def load_mitoreid(path: str | os.PathLike[str], temporal: Temporal = "retain") -
         config = found.config.model_copy(update={"temporal": temporal})
         network = I3DResNet(config, found.in_channels, found.n_classes or 1)
     expected = network.state_dict()
-    if problems := _misfits(expected, tensors, found):
+    given = {ours: tensors[theirs] for ours, theirs in found.names.items()}
+    problems = misfits(expected, given, found.names)
+    surplus = [theirs for ours, theirs in found.names.items() if ours not in expected]
+    problems += [f"unexpected: {name} {tuple(tensors[name].shape)}" for name in (*surplus, *found.unknown)]
+    if problems:
         raise InputError(
             f"{source}: does not fit a {config.name} with shortcut {config.shortcut}, "
             f"{'a neck' if config.neck else 'no neck'} and {found.n_classes or 'no'} classes:\n  "
             + "\n  ".join(problems)
         )
     state = {name: torch.zeros(expected[name].shape) for name in expected if _may_lack(name)}
-    state |= {ours: tensors[theirs] for ours, theirs in found.names.items()}
-    network.to_empty(device="cpu").load_state_dict(state)
+    network.to_empty(device="cpu").load_state_dict(state | given)
     return network.eval()
 
 
-def _misfits(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], found: Recognised) -> list[str]:
-    """What keeps a file from being a network, a line a tensor."""
+def misfits(
+    expected: Mapping[str, Tensor],
+    given: Mapping[str, Tensor],
+    names: Mapping[str, str],
+    may_differ: Callable[[str], bool] = lambda name: False,
+) -> list[str]:
+    """What keeps a file's tensors from being a network's, a line a tensor.
+
+    Args:
+        expected: the network's tensors.
+        given: the file's, by the network's names.
+        names: the network's name -> name in the file.
+        may_differ: by the network's name, whether a tensor may be missing or of another shape.
+    """
     lines = []
     for ours, like in expected.items():
-        theirs = found.names.get(ours)
-        if theirs is None:
+        tensor = given.get(ours)
+        if tensor is None:
+            if may_differ(ours) or _may_lack(ours):
+                continue
             if ours == "classifier.weight":
                 lines.append(f"missing: classifier.weight, a matrix (classes, {like.shape[1]}) by any name")
-            elif not _may_lack(ours):
+            else:
                 lines.append(f"missing: {ours} {tuple(like.shape)}")
-        elif tensors[theirs].shape != like.shape:
-            lines.append(f"misshapen: {theirs} {tuple(tensors[theirs].shape)}, expected {tuple(like.shape)}")
-        elif problem := unusable(tensors[theirs]):
-            lines.append(f"unusable: {theirs} {problem}")
-    surplus = [theirs for ours, theirs in found.names.items() if ours not in expected]
-    return lines + [f"unexpected: {name} {tuple(tensors[name].shape)}" for name in (*surplus, *found.unknown)]
+        elif tensor.shape != like.shape:
+            if not may_differ(ours):
+                lines.append(f"misshapen: {names[ours]} {tuple(tensor.shape)}, expected {tuple(like.shape)}")
+        elif problem := _unusable(tensor):
+            lines.append(f"unusable: {names[ours]} {problem}")
+    return lines
 
 
-def unusable(tensor: Tensor) -> str:
+def _unusable(tensor: Tensor) -> str:
     """Why a tensor cannot be a network's, empty if it can."""
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex() or tensor.device.type != "cpu":
         return "is not stored as plain real numbers"

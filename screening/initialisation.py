@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from screening.i3d import I3DResNet, ModelConfig, Recognised, recognise, unusable
+from screening.i3d import I3DResNet, ModelConfig, Recognised, misfits, recognise
 from screening.torch_files import read_state_dict
 from storage_schemas.base import Config
 from storage_schemas.checkpoint import read_manifest, read_weights
@@ -114,9 +114,10 @@ def initialise(network: I3DResNet, tensors: Mapping[str, Tensor], method: Method
     given = {ours: tensors[theirs] for ours, theirs in found.names.items() if ours in own}
     if method == "imagenet":
         still = network.config.temporal == "image"
-        given = {name: inflate(t, own[name], still) if t.ndim == 4 else t for name, t in given.items()}
+        kernels = {name: t for name, t in given.items() if (t.ndim, own[name].ndim) == (4, 5)}
+        given |= {name: inflate(kernel, own[name], still) for name, kernel in kernels.items()}
     taken = {name for name, tensor in given.items() if tensor.shape == own[name].shape}
-    if problems := _problems(own, given, taken, found):
+    if problems := misfits(own, given, found.names, _may_differ):
         raise InputError(f"{source}: the file does not fit a {network.config.name}:\n  " + "\n  ".join(problems))
     for name in taken:
         own[name].copy_(given[name])
@@ -166,20 +167,6 @@ def _may_differ(name: str) -> bool:
     return name.startswith(("conv1.", "neck.", "classifier.")) or ".downsample." in name
 
 
-def _problems(own: Mapping[str, Tensor], given: Mapping[str, Tensor], taken: set[str], found: Recognised) -> list[str]:
-    lines = []
-    for name, tensor in own.items():
-        if name in taken:
-            if problem := unusable(given[name]):
-                lines.append(f"unusable: {found.names[name]} {problem}")
-        elif not _may_differ(name):
-            if name in given:
-                lines.append(f"misshapen: {found.names[name]} {_shape(given[name])}, expected {_shape(tensor)}")
-            elif not name.endswith(".num_batches_tracked"):  # old torch did not count them
-                lines.append(f"missing: {name} {_shape(tensor)}")
-    return lines
-
-
 def _notes(
     own: Mapping[str, Tensor],
     given: Mapping[str, Tensor],
@@ -190,16 +177,12 @@ def _notes(
     notes = []
     for ours, theirs in found.names.items():
         if ours not in own:
-            notes.append(f"{theirs} {_shape(tensors[theirs])} is not taken: the network has no {ours}")
+            notes.append(f"{theirs} {tuple(tensors[theirs].shape)} is not taken: the network has no {ours}")
         elif ours not in taken:
-            shapes = f"{_shape(given[ours])} in the file, {_shape(own[ours])} in the network"
+            shapes = f"{tuple(given[ours].shape)} in the file, {tuple(own[ours].shape)} in the network"
             notes.append(f"{theirs} is not taken, and {ours} stays as drawn: {shapes}")
     notes += [
-        f"{name} {_shape(tensors[name])} is not taken: nothing like it is in the network" for name in found.unknown
+        f"{name} {tuple(tensors[name].shape)} is not taken: nothing like it is in the network" for name in found.unknown
     ]
     absent = [name for name in own if name not in found.names and not name.endswith(".num_batches_tracked")]
-    return notes + [f"{name} {_shape(own[name])} stays as drawn: it is not in the file" for name in absent]
-
-
-def _shape(tensor: Tensor) -> str:
-    return "×".join(map(str, tensor.shape)) or "scalar"
+    return notes + [f"{name} {tuple(own[name].shape)} stays as drawn: it is not in the file" for name in absent]

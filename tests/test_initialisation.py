@@ -80,12 +80,13 @@ def test_kinetics_weights_are_taken_but_for_the_classifier() -> None:
         "classifier.bias",
     }
     assert notes == [
-        "module.fc.weight is not taken, and classifier.weight stays as drawn: 400×32 in the file, 5×32 in the network",
-        "module.fc.bias is not taken, and classifier.bias stays as drawn: 400 in the file, 5 in the network",
-        "neck.weight 32 stays as drawn: it is not in the file",
-        "neck.bias 32 stays as drawn: it is not in the file",
-        "neck.running_mean 32 stays as drawn: it is not in the file",
-        "neck.running_var 32 stays as drawn: it is not in the file",
+        "module.fc.weight is not taken, and classifier.weight stays as drawn: "
+        "(400, 32) in the file, (5, 32) in the network",
+        "module.fc.bias is not taken, and classifier.bias stays as drawn: (400,) in the file, (5,) in the network",
+        "neck.weight (32,) stays as drawn: it is not in the file",
+        "neck.bias (32,) stays as drawn: it is not in the file",
+        "neck.running_mean (32,) stays as drawn: it is not in the file",
+        "neck.running_var (32,) stays as drawn: it is not in the file",
     ]
 
 
@@ -136,15 +137,15 @@ def test_layers_that_do_not_fit_are_named_and_nothing_is_taken() -> None:
         initialise(net, tensors, "kinetics")
     assert str(caught.value).splitlines()[1:] == [
         "  unusable: module.layer1.0.conv1.weight holds values that are NaN or infinite",
-        "  missing: layer2.0.bn1.weight 8",
-        "  misshapen: module.layer3.0.conv2.weight 1×2×3×4×5, expected 16×16×3×3×3",
+        "  missing: layer2.0.bn1.weight (8,)",
+        "  misshapen: module.layer3.0.conv2.weight (1, 2, 3, 4, 5), expected (16, 16, 3, 3, 3)",
     ]
     assert unchanged(net, before) == set(before)
 
 
 def test_tensors_without_a_place_are_named() -> None:
     notes = initialise(network(), {**hara(), "centers": torch.zeros(400, 32)}, "kinetics")
-    assert "centers 400×32 is not taken: nothing like it is in the network" in notes
+    assert "centers (400, 32) is not taken: nothing like it is in the network" in notes
 
 
 def test_mitoreid_weights_pretrained_on_drugs_keep_their_neck(tmp_path: Path) -> None:
@@ -268,3 +269,5 @@ def test_two_and_three_dimensions_are_not_confused() -> None:
         initialise(net, other, "imagenet")
     with pytest.raises(InputError, match=r"misshapen: layer1\.0\.conv1\.weight"):
         initialise(deep, wide, "imagenet")
+    with pytest.raises(InputError, match=r"misshapen: layer1\.0\.bn1\.weight \(1, 1, 1, 1\), expected \(64,\)"):
+        initialise(net, flat | {"layer1.0.bn1.weight": torch.zeros(1, 1, 1, 1)}, "imagenet")
