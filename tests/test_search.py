@@ -15,6 +15,7 @@ from ray.tune.schedulers import ASHAScheduler
 from pipelines.config import ConfigError, RunConfig, load, override, parse
 from storage_schemas.tables import SEARCH_RESULTS, SWEEP_RESULTS, open_table, write_table
 from tests.runs import Run, times
+from tune import search
 from tune.search import Sample, _claim, _scheduler, _Search, _with_one_split
 from tune.search_results import figure, markdown, ranking
 from tune.searchers import FromOptuna, Listed
@@ -210,6 +211,40 @@ def test_a_worse_sample_is_stopped_by_what_earlier_commands_saw(config: RunConfi
     assert fresh.on_trial_result(None, Trial, {"epoch": 1, "best": 0.1}) == "CONTINUE"
     # It ends by itself, or its checkpoint would be lost.
     assert fresh.on_trial_result(None, Trial, {"epoch": 9, "best": 0.1}) == "CONTINUE"
+
+
+def test_samples_that_are_stopped_are_recorded_and_those_that_fail_are_told_of(
+    config: RunConfig,
+    tmp_path: Path,
+    local_ray: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def pretend(space: Mapping[str, Any], **_: Any) -> dict[str, Any]:
+        from ray import tune as ray_tune
+
+        number = space["number"]
+        if number == 2:
+            return {"failed": "the loss is not finite"}
+        value = 0.125 if number == 1 else 0.875
+        for epoch in range(1, 10):
+            ray_tune.report({"epoch": epoch, "validation_map": value, "best": value})
+        return {"ended": 1.0, "best": value}
+
+    monkeypatch.setattr(search, "_try", pretend)
+    plan = SearchConfig(samples=2, grace=3, space={"train.margin": Uniform(uniform=(0.1, 0.6))})
+    one = _Search(override(config, ["train.epochs=9"]), plan, str(tmp_path / "search"))
+    search._sample(one, 0, str(tmp_path / "tune"), 1)
+    assert [(sample.number, sample.stopped) for sample in one.samples()] == [
+        (0, None),
+        (1, ((1, 0.125), (2, 0.125), (3, 0.125))),
+        (2, None),
+    ]
+    said = capsys.readouterr().err
+    assert "search: 3 samples, 0 done before" in said
+    assert "sample-000: done, validation mAP 0.875" in said
+    assert "sample-001: stopped after 3 epochs, validation mAP 0.125" in said
+    assert "sample-002: failed: the loss is not finite" in said
 
 
 def test_another_search_in_the_folder_is_refused_unless_told(config: RunConfig, tmp_path: Path) -> None:
