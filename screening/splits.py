@@ -138,7 +138,7 @@ def split(
     or cells of each compound are divided likewise. The draw does not depend on the order of the tables. Negative
     controls are trained on, as a class of their own, but not in a replicate that is held out. What fits no
     question is ``unused``: compounds without a known MOA (unless compounds are what is told apart), and in the held-out
-    replicate negative controls and compounds that were not trained on.
+    replicate negative controls and compounds that have no known MOA or were not trained on.
 
     Args:
         plate_map: a row a well: ``plate``, ``well``, ``compound``, ``role``, ``replicate``.
@@ -232,14 +232,14 @@ def _is_control(table: pd.DataFrame) -> pd.Series[bool]:
     return table["role"] == "negative_control"
 
 
-def _last_replicates(table: pd.DataFrame) -> list[str]:
+def _replicates(table: pd.DataFrame) -> list[str]:
     return sorted(table["replicate"].unique(), key=natural)
 
 
 def _by_compound(
     table: pd.DataFrame, config: ByCompound, without_moa: str, rng: np.random.Generator
 ) -> tuple[pd.DataFrame, list[str]]:
-    replicates = _last_replicates(table)
+    replicates = _replicates(table)
     held_out = replicates[-1] if config.hold_out_replicate and len(replicates) > 1 else None
     is_control = _is_control(table)
     known = table[(table["replicate"] != held_out) & ~is_control & table["moa"].notna()]
@@ -247,13 +247,11 @@ def _by_compound(
     place: dict[str, str] = {}
     for _, wells in known.groupby("moa", sort=True):
         place |= _divide(sorted(wells["compound"].unique()), shares, rng)
-    seen = set(table["compound"][table["replicate"] != held_out])
 
     def part(compound: str, control: bool, replicate: str) -> str:
-        own = "train" if control else place.get(compound, without_moa if compound in seen else "unused")
-        if replicate != held_out:
-            return own
-        return "test_replicate" if own == "train" and not control else "unused"
+        if replicate == held_out:
+            return "test_replicate" if place.get(compound) == "train" and not control else "unused"
+        return "train" if control else place.get(compound, without_moa)
 
     parts = [part(*well) for well in zip(table["compound"], is_control, table["replicate"], strict=True)]
     count = set(parts)
@@ -267,12 +265,14 @@ def _by_compound(
     if "validation" not in count and config.validation_share > 0:
         notes.append("No MOA has three compounds, so there is no validation: the last epoch counts as best.")
     if held_out is not None and "test_replicate" not in count:
-        notes.append(f"Replicate {held_out} has no compound that was trained on, so test_replicate is empty.")
+        notes.append(
+            f"Replicate {held_out} has no compound of a known MOA that was trained on, so test_replicate is empty."
+        )
     return table.assign(split=parts), notes
 
 
 def _by_replicate(table: pd.DataFrame, without_moa: str) -> tuple[pd.DataFrame, list[str]]:
-    replicates = _last_replicates(table)
+    replicates = _replicates(table)
     if len(replicates) < 2:
         raise InputError(
             f"a split by replicate needs two replicates, the plate map has {replicates}: add plates, or choose another "
