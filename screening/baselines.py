@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field, field_validator
 
+from screening.cosines import Floats
 from storage_schemas.base import Config
 from storage_schemas.errors import InputError
 
-Floats = npt.NDArray[np.float64]
 Statistic = Literal["mean", "sd", "slope", "first", "last"]
 
 # Probabilities below this are as good as none; their logarithms would outweigh all others.
@@ -152,7 +152,10 @@ class Scaler:
         # Equal values differ from their mean by rounding, which must not become the unit.
         scale = np.where(scale > np.finfo(np.float32).eps * np.abs(center), scale, 0.0)
         if not scale.any():
-            raise InputError(f"none of {len(scale)} statistics of features varies among {len(summary)} training cells")
+            raise InputError(
+                f"none of {len(scale)} statistics of features varies among {len(summary)} training cells: "
+                "name others in baseline.statistics, or look at the cells' features"
+            )
         return cls(center, scale)
 
     def apply(self, summary: Floats) -> npt.NDArray[np.float32]:

@@ -276,7 +276,7 @@ class Learner(nn.Module):
 
 
 class TrainingState:
-    """A network in training: everything that changes from step to step.
+    """A network in training: everything that changes from epoch to epoch.
 
     Make one with :meth:`make`; then for each epoch call :meth:`step` for each batch and
     :meth:`end_epoch`, until :attr:`finished`.
@@ -474,7 +474,10 @@ class TrainingState:
         return self.epoch >= self.config.epochs or stale
 
     def state_dict(self) -> dict[str, Any]:
-        """All that changes, in a form that ``torch.load(weights_only=True)`` reads back."""
+        """All that changes from epoch to epoch, in a form that ``torch.load(weights_only=True)`` reads back.
+
+        Between epochs only: batches of one that has begun are not counted in it.
+        """
         return {
             "learner": self._learner.state_dict(),
             "optimizer": self._optimizer.state_dict(),
