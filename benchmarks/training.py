@@ -2,9 +2,8 @@
 
 Run: ``python benchmarks/training.py``. One process, one thread, interleaved runs, medians of CPU seconds. The plain
 triplet loss is the loop over anchors of common re-identification code, with all distances worked out before it or each
-anchor's own in it; the plain augmentation takes a clip frame by
-frame through PIL, as MitoReID does (its blur, too, is drawn for each frame); the plain normalisation goes through
-floats from 0 to 1.
+anchor's own in it; the plain augmentation takes a clip frame by frame through PIL, as MitoReID does (its
+blur, too, is drawn for each frame); the plain normalisation goes through floats from 0 to 1.
 """
 
 from __future__ import annotations
@@ -151,7 +150,12 @@ def main() -> None:
     measure(
         "normalisation of the same clips to channels last", {name: lambda w=way: w(clips) for name, way in ways.items()}
     )
-    choices = {"channels_last=false": {"channels_last": False}, "default": {}, "compile=true": {"compile": True}}
+    choices = {
+        "channels_last=false": {"channels_last": False},
+        "default": {},
+        "precision=bf16": {"precision": "bf16"},
+        "compile=true": {"compile": True},
+    }
     title = f"a training step of ResNet-18, {CLIPS} clips of {CHANNELS} × {FRAMES} × {CROP}²"
     measure(title, {name: step(**settings) for name, settings in choices.items()}, rounds=3, calls=1)
 

@@ -4,8 +4,8 @@ Cosine distance, as MitoReID (Nature Computational Science 2024) evaluates: cand
 are the gallery entries outside its own group (there: the same experiment and drug), ordered by
 distance with ties by gallery position, and only queries that have a match among them count.
 
-The order is that of float64, found at less than twice the cost of a float32 product
-(:mod:`screening.match_ranks`; benchmarks/retrieval.py).
+The order is that of float64, found at less than twice the cost of a float32 product where
+galleries are large (:mod:`screening.match_ranks`, benchmarks/retrieval.py).
 
 Shapes: n queries, N gallery entries, D dimensions.
 """

@@ -118,10 +118,10 @@ class TrainConfig(Config):
         1, ge=1, description="batches whose mean gradient makes a step; each seeks its triplets in itself"
     )
     precision: Literal["float32", "bf16"] = Field(
-        "float32", description="of the network's arithmetic; bf16 for GPUs: on a CPU it can be far slower"
+        "float32", description="of the network's arithmetic; bf16 where the device has instructions for it"
     )
     channels_last: bool = Field(True, description="activations with the channels of a pixel side by side in memory")
-    compile: bool = Field(False, description="translate the network by torch.compile, which takes minutes")
+    compile: bool = Field(False, description="translate the network by torch.compile, which takes about a minute first")
     sync_batchnorm: bool = Field(
         True, description="batch normalisation sees the clips of all workers; false: of each its own"
     )
