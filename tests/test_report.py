@@ -177,6 +177,16 @@ def test_every_section_is_there_and_labelled() -> None:
     assert "missing" not in [attributes.get("class") for attributes in page.all("p")]
 
 
+def test_each_phase_of_the_training_has_curves_of_its_own() -> None:
+    training = pd.DataFrame({"phase": ["pretrain"] * 2 + ["train"] * 2, "epoch": [1, 2, 1, 2], "loss": [4.0, 3, 2, 1]})
+    page = Page(render(dataclasses.replace(screen(), training=training)))
+    described = [figure["aria-label"] for figure in page.all("div") if "loss" in (figure.get("aria-label") or "")]
+    assert described == [
+        "loss (pretrain) by epoch: 4 at epoch 1, 3 at epoch 2; lowest 3, highest 4.",
+        "loss (train) by epoch: 2 at epoch 1, 1 at epoch 2; lowest 1, highest 2.",
+    ]
+
+
 def test_the_empty_screen_says_what_is_missing() -> None:
     page = Page(render(ReportData("Nothing yet")))
     assert [section["id"] for section in page.all("section")] == list(SECTIONS)

@@ -31,8 +31,10 @@ from screening.i3d import I3DResNet
 from screening.initialisation import CheckpointWeights
 from screening.training import TrainingError
 from storage_schemas.checkpoint import CheckpointManifest, read_manifest, read_weights, write_checkpoint
+from storage_schemas.clips import read_clips
 from storage_schemas.errors import InputError
-from storage_schemas.screen import Screen
+from storage_schemas.keys import WellKey
+from storage_schemas.screen import Manifest, Screen
 from storage_schemas.tables import TRAINING_METRICS, open_table
 
 CHANNELS = 2
@@ -207,6 +209,23 @@ def test_identities_that_workers_cannot_share_are_refused(key: str, p: int, work
         configuration(cells, **{group: {"p": p}}, resources={"train_workers": workers})
 
 
+def test_the_normalisation_is_that_of_the_training_clips(cells: Path, tmp_path: Path) -> None:
+    config = configuration(cells)
+    screen = Screen(str(tmp_path / "screen"))
+    document = config.model_dump(mode="json")
+    screen.write_manifest(Manifest(software={}, config=document, inputs="", cells=str(cells)))
+    for name in ("plate_map.parquet", "compounds.parquet"):
+        shutil.copy(cells / name, tmp_path / "screen")
+    pixels = []
+    for row in split_of(config).query("split == 'train'").itertuples():
+        pixels.append(read_clips(Screen(str(cells)).clips(WellKey(row.plate, row.well)), slice(None)))
+    light = np.concatenate(pixels).astype(np.float64) / 255
+    table = train.normalisation(screen.url)
+    assert table["channel"].tolist() == ["one", "two"]
+    np.testing.assert_allclose(table["mean"], light.mean(axis=(0, 2, 3, 4)))
+    np.testing.assert_allclose(table["std"], light.std(axis=(0, 2, 3, 4)))
+
+
 # --- initial weights -------------------------------------------------------------------------
 
 
@@ -305,6 +324,23 @@ def test_a_loss_that_is_not_a_number_ends_the_training_at_once(local_ray: None, 
     assert_all_is_free()
 
 
+@pytest.mark.slow
+def test_a_clip_that_only_workers_read_ends_the_training_where_it_cannot_be_read(
+    local_ray: None, cells: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "cells"
+    shutil.copytree(cells, broken)
+    config = configuration(broken)
+    validation = next(split_of(config).query("split == 'validation'").itertuples())
+    (chunk,) = (
+        path for path in (broken / f"clips/{validation.plate}/{validation.well}.zarr/c").rglob("*") if path.is_file()
+    )
+    chunk.write_bytes(chunk.read_bytes()[:100])
+    with pytest.raises(StageError, match=rf"^train: .*{validation.well}\.zarr"):
+        run(config, str(tmp_path / "screen"), ("train",))
+    assert_all_is_free()
+
+
 def assert_all_is_free() -> None:
     """What a training ran on must be there for those that come after it."""
     end = time.monotonic() + 20
@@ -365,7 +401,9 @@ def test_two_phases_leave_the_network_of_the_second_and_the_numbers_of_both(pret
     assert [step for name, step, _ in logged if name == "train/loss"] == [3, 4, 5]
     losses = [value for name, _, value in logged if name.endswith("/loss")]
     assert losses == pytest.approx([metrics["loss"] for metrics in manifest.history])
-    assert any(f"{UNKNOWN}" in note or "no known MOA: they are trained on" in note for note in notes(pretrained))
+    assert any("no known MOA: they are trained on" in note for note in notes(pretrained))
+    measured = train.normalisation(str(pretrained))
+    assert (tuple(measured["mean"]), tuple(measured["std"])) == (manifest.mean, manifest.std)
 
 
 @pytest.mark.slow
