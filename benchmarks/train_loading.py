@@ -2,10 +2,10 @@
 
 Run: ``python benchmarks/train_loading.py [CPUS]``. The network and the batches are those of the demo: a ResNet-10 of
 width 16, 8 identities with 4 clips of 3 × 8 × 64² each. The loader reads clips, augments them in a Ray actor and hands
-them over through Ray's object store, as in `screening train`; in memory lie the same batches, read before. Both train in
-this process and take turns, the held batches before and after the loaded ones. Shares of the speed are of
-seconds on the clock, which other work on the machine disturbs; the share of the time that a step waits for its batch
-says the same and is disturbed less. In the first epoch clips come from Zarr, later from the reader's cache.
+them over through Ray's object store, as in `screening train`; in memory lie the same batches, read before. Both train
+in this process and take turns, the held batches before and after the loaded ones. Shares of the speed are of seconds on
+the clock, which other work on the machine disturbs; the share of the time that a step waits for its batch says the same
+and is disturbed less. In the first epoch clips come from Zarr, later from the reader's cache.
 """
 
 from __future__ import annotations
