@@ -17,6 +17,7 @@ import torch
 from screening.augmentation import AugmentConfig, apply, draw
 from screening.splits import CELL, is_of_cells, parts_of
 from storage_schemas.clips import read_clips
+from storage_schemas.errors import InputError
 from storage_schemas.keys import WellKey
 from storage_schemas.screen import Screen
 from storage_schemas.tables import CELLS, open_table
@@ -125,8 +126,15 @@ class BatchReader:
                 augmentation of the whole batch, how many clips ``of`` it there are, and where these ``start`` in it.
 
         Returns:
-            kind, clips (n, C, T, H, W) as stored, label (n,) and name (n strings).
+            kind, clips (n, C, T, H, W) as stored, label (n,) and name (n strings); or only ``mistake``, what a user
+                should mend: Ray Data would not hand on the error itself.
         """
+        try:
+            return self._read(row)
+        except InputError as error:
+            return {"mistake": str(error)}
+
+    def _read(self, row: dict[str, Any]) -> dict[str, Any]:
         picked = self._sources[row["kind"]].take(np.asarray(row["positions"], np.int64))
         pixels = picked.read(self._cache)
         if row["kind"] == "train":

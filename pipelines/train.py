@@ -712,12 +712,15 @@ def _batches(job: _Job, phase: _Phase, first: int, rank_: int, workers: int) -> 
         dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
         dataset.context.execution_options.preserve_order = True
         dataset.context.wait_for_min_actors_s = _READERS_START
-        yield from dataset.map(
+        for batch in dataset.map(
             BatchReader,
             fn_constructor_args=(sources, job.augment, job.cache_bytes),
             num_cpus=READER_CPUS,
             concurrency=job.readers,
-        ).iter_rows()
+        ).iter_rows():
+            if "mistake" in batch:
+                raise TrainingError(batch["mistake"])
+            yield batch
         rows = []
 
 
