@@ -315,7 +315,7 @@ def test_more_than_the_machine_has_is_refused(folder: Path, monkeypatch: pytest.
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
     for setting, said in (
         ({"segment_cpus": 3}, "segment_cpus asks for 3 CPUs and there are 2"),
-        ({"train_readers": 9}, "train_readers asks for 3.25 CPUs"),
+        ({"train_readers": 9}, "train_readers asks for 2.75 CPUs"),
         ({"train_gpus": 1}, "train_gpus asks for 1 GPUs and there are 0"),
         ({"embed_gpus": 0.5}, "embed_gpus asks for 0.5 GPUs"),
     ):
