@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -66,6 +68,17 @@ def read(url: str, array: zarr.Array[Any], selection: Any) -> NDArray[Any]:
             f"cannot be read: a chunk is truncated, corrupt or unreachable ({_first_line(error)}); write it again from "
             "its source",
         ) from error
+
+
+def stretches(positions: Sequence[int]) -> list[slice]:
+    """Positions in their order, as slices of neighbours, to read one after the other.
+
+    Zarr takes listed positions out of its chunks pixel by pixel, many times slower than slices.
+    """
+    if not positions:
+        return [slice(0, 0)]
+    starts = [i for i, position in enumerate(positions) if i == 0 or position != positions[i - 1] + 1]
+    return [slice(positions[a], positions[b - 1] + 1) for a, b in pairwise([*starts, len(positions)])]
 
 
 def _first_line(error: Exception) -> str:

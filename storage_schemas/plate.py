@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -130,8 +129,10 @@ class SiteImage:
             raise SchemaError(self.url, f"has {n_frames} frames, asked for {list(frames)}")
         times = range(n_frames) if frames is None else frames
         places = range(n_channels) if channels is None else [self._channel(name) for name in channels]
-        # Zarr takes listed positions out of its chunks pixel by pixel, many times slower than slices.
-        rows = [_joined([self._read(t, c, projection) for c in _stretches(places)], axis=1) for t in _stretches(times)]
+        rows = [
+            _joined([self._read(t, c, projection) for c in arrays.stretches(places)], axis=1)
+            for t in arrays.stretches(times)
+        ]
         return _joined(rows, axis=0)
 
     def _read(self, frames: slice, channels: slice, projection: Projection) -> NDArray[Any]:
@@ -154,14 +155,6 @@ class SiteImage:
 
 def _joined(blocks: list[NDArray[Any]], axis: int) -> NDArray[Any]:
     return blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis)
-
-
-def _stretches(positions: Sequence[int]) -> list[slice]:
-    """The positions in their order, as slices of neighbours."""
-    if not positions:
-        return [slice(0, 0)]
-    starts = [i for i, position in enumerate(positions) if i == 0 or position != positions[i - 1] + 1]
-    return [slice(positions[a], positions[b - 1] + 1) for a, b in pairwise([*starts, len(positions)])]
 
 
 def default_name(url: str) -> str:
