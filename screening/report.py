@@ -76,7 +76,14 @@ _TESTS = {
         "A replicate never trained on",
         "Cells of a held-out replicate are matched to cells of the other replicates.",
     ),
+    "well": ("Wells never trained on", "Cells of held-out wells are matched to cells of trained ones."),
+    "cell": (
+        "Cells never trained on",
+        "Held-out cells are matched to trained ones, others of their own wells among them, which flatters the network.",
+    ),
+    "query": ("Queries of the split's table", "Cells that the table names as queries are matched to its gallery."),
 }
+_USUAL_TESTS = ("compound", "replicate")
 _SERIES = {"#010101": "var(--ink)", "#020202": "var(--muted)", "#030303": "var(--accent)"}
 _INK, _MUTED, _ACCENT = _SERIES
 
@@ -111,8 +118,8 @@ class ReportData:
         training: A row an epoch: `phase`, `epoch` and any numbers; each becomes a small curve.
         embedding_map: A row a cell: x, y (of `embedding_map`), compound, moa, plate, well and,
             where known, replicate.
-        evaluation: As `evaluation.evaluate` returns it, under "compound" and "replicate"; a test
-            that could not be held is left out.
+        evaluation: As `evaluation.evaluate` returns it, under the names of the tests
+            (:data:`screening.splits.TESTS`).
         retrieval: A row a neighbour: compound, moa, rank, neighbour, neighbour_moa, similarity
             (cosine). Further columns are shown as they come.
         examples: Cells to show as clips.
@@ -159,7 +166,11 @@ def render(data: ReportData) -> str:
     return environment.get_template("report.html.j2").render(
         title=data.title,
         tiles=_tiles(data),
-        tests=[_test(key, data.evaluation.get(key), mechanisms) for key in _TESTS],
+        tests=[
+            _test(key, data.evaluation.get(key), mechanisms)
+            for key in _TESTS
+            if key in (data.evaluation or _USUAL_TESTS)
+        ],
         notes=list(data.notes),
         facts=_facts(data.provenance),
         counts=_table(data.counts, "counts", "Units and cells through each stage"),
@@ -509,9 +520,13 @@ def _test(key: str, result: Mapping[str, Any] | None, mechanisms: Mapping[str, _
 
 
 def _metrics(result: Mapping[str, Any]) -> dict[str, _Metric]:
-    """The measured ones of rank1, rank5…, map and accuracy, in this order."""
+    """The measured ones of rank1, rank5…, map, accuracy and auc, in this order."""
     ranks = sorted((key for key in result if re.fullmatch(r"rank\d+", key)), key=_natural)
-    labels = {key: f"Rank-{key[4:]}" for key in ranks} | {"map": "mAP", "accuracy": "accuracy"}
+    labels = {key: f"Rank-{key[4:]}" for key in ranks} | {
+        "map": "mAP",
+        "accuracy": "accuracy",
+        "auc": "AUC",
+    }
     found = {}
     for key, label in labels.items():
         measured = result.get(key) or {}

@@ -17,6 +17,7 @@ from PIL import Image
 
 from screening import report
 from screening.report import Example, ReportData, channel_colours, embedding_map, render
+from screening.splits import TESTS
 
 HOSTILE = '<script>alert("x")</script>&\'"<img src=http://evil.example/x>$\\frac{'
 SECTIONS = (
@@ -280,6 +281,15 @@ def test_a_result_at_chance_is_not_sold_as_one() -> None:
     words = Page(render(ReportData("x", evaluation={"compound": at_chance}))).words
     assert "The interval includes chance: this test shows no effect." in words
     assert "lies above chance" not in words
+
+
+def test_every_kind_of_test_is_shown_and_no_other() -> None:
+    measured = {"value": 0.75, "low": 0.5, "high": 0.9, "chance": 0.5}
+    for name in TESTS.values():
+        words = Page(render(ReportData("x", evaluation={name: {"auc": measured}}))).words
+        assert "AUC" in words
+        assert ("Cells never trained on" in words) == (name == "cell")
+        assert ("Compounds never trained on" in words) == (name == "compound")
 
 
 def test_an_empty_test_says_why() -> None:
