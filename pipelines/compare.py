@@ -25,7 +25,7 @@ from pipelines.inputs import Inputs, open_inputs
 from pipelines.progress import console
 from pipelines.run import is_done, run
 from pipelines.stage import do_stage
-from pipelines.train import CONTROL_CLASS
+from pipelines.train import identities
 from pipelines.units import Counts
 from pipelines.vectors import CELL_KEYS, vector_column
 from screening.baselines import BaselineConfig, Classifier, Scaler, log_ratios, summarise
@@ -253,10 +253,9 @@ def _padded(column: pa.ChunkedArray) -> npt.NDArray[np.float32]:
 
 
 def _training_labels(keys: pd.DataFrame, split: pd.DataFrame) -> pd.Series[str]:
-    """MOA of each training cell, negative controls a class of their own as for the network; null for other cells."""
+    """MOA of each training cell, as the network is taught it; null for other cells."""
     cells = parts_of(keys, split)
-    label = cells["moa"].astype(object).mask(cells["role"] == "negative_control", CONTROL_CLASS)
-    return label.where(cells["split"] == "train")
+    return identities(cells, "moa").where(cells["split"] == "train")
 
 
 # --- the network without metric losses -----------------------------------------------------------

@@ -454,7 +454,7 @@ def _pretraining(config: RunConfig) -> TrainConfig:
 
 def _training_clips(how: TrainConfig, screen: Screen, table: pd.DataFrame) -> tuple[ClipTable, tuple[str, ...]]:
     wells = table[table["split"] == "train"]
-    identity = _identity(wells, how.label)
+    identity = identities(wells, how.label)
     class_names = tuple(sorted(set(identity.dropna())))
     clips = clip_table(screen, wells.assign(label=identity.map(_codes(class_names))))
     present, counts = np.unique(clips.label[clips.label >= 0], return_counts=True)
@@ -498,10 +498,10 @@ def _codes(class_names: Sequence[str]) -> dict[str, int]:
     return {name: code for code, name in enumerate(class_names)}
 
 
-def _identity(wells: pd.DataFrame, label: str) -> pd.Series[str]:
-    """What each well's cells are trained to be told apart by; controls are a class of their own."""
-    identity = wells[label].astype(object)
-    return identity.mask(wells["role"] == "negative_control", CONTROL_CLASS)
+def identities(split: pd.DataFrame, label: str) -> pd.Series[str]:
+    """What the cells of each row of a split are trained to be told apart by; controls are a class of their own."""
+    identity = split[label].astype(object)
+    return identity.mask(split["role"] == "negative_control", CONTROL_CLASS)
 
 
 def _some(clips: ClipTable, count: int, rng: np.random.Generator) -> ClipTable:
