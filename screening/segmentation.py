@@ -171,7 +171,7 @@ def _segment(image: npt.NDArray[Any], config: NucleiConfig) -> tuple[Labels, flo
     # what stands clear of the noise of the flattened image is looked at.
     for sparse in (False, True):
         if sparse:
-            plane = plane - _haze(plane)
+            plane = _minus(plane, _haze(plane))
         view = _look(plane, config, sparse)
         labels = _find_nuclei(plane, view, config)
         if labels.any():
@@ -449,15 +449,14 @@ def _otsu(plane: Plane) -> float:
 
 
 def _haze(plane: Plane) -> Plane:
-    """The image as it varies over an eighth of the field and more."""
-    width, height = plane.shape[::-1]
-    size = (min(64, width), min(64, height))
-    coarse = cast(Plane, cv2.resize(plane, size, interpolation=cv2.INTER_AREA))
-    return cast(Plane, cv2.resize(_blur(coarse, 8), (width, height), interpolation=cv2.INTER_LINEAR))
+    """The image as it varies over an eighth of the field and more, at a lower resolution."""
+    height, width = plane.shape
+    coarse = cv2.resize(plane, (min(64, width), min(64, height)), interpolation=cv2.INTER_AREA)
+    return _blur(cast(Plane, coarse), 8)
 
 
 def _shading(plane: Plane) -> Plane:
-    """The quadratic surface that runs along the dark parts of the image: uneven background, and its offset.
+    """The quadratic surface that runs along the dark parts of the image, coarse: uneven background and its offset.
 
     Asymmetric least squares: a point above the surface weighs 2 %, so nuclei hardly lift it.
     """

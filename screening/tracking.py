@@ -254,9 +254,9 @@ def _common_drift(movie: _Movie, s: int, e: int, reach: float, config: TrackingC
 def _measure(labels: npt.NDArray[np.integer[Any]], image: npt.NDArray[Any] | None) -> _Movie:
     planes = np.zeros(labels.shape, np.int32)
     insides, frames, ids, places, areas, brightness = [], [], [], [], [], []
-    for t, plane in enumerate(labels):
-        inside = positions(_native(plane))
-        compact, label = pd.factorize(_native(plane).ravel()[inside])
+    for t, plane in enumerate(map(_native, labels)):
+        inside = positions(plane)
+        compact, label = pd.factorize(plane.ravel()[inside])
         area = np.bincount(compact, minlength=len(label)).astype(float)
         pixels = inside // plane.shape[1], inside % plane.shape[1]
         place = np.stack([np.bincount(compact, p, minlength=len(label)) / area for p in pixels], axis=1)
