@@ -18,11 +18,12 @@ from storage_schemas.tables import (
     TableForm,
     compound_profiles_form,
     normalisation_form,
+    raw_profiles_form,
     well_profiles_form,
     write_table,
 )
 
-OUTPUT_VERSION = 1  # raised when the same configuration gives other files
+OUTPUT_VERSION = 2  # raised when the same configuration gives other files
 
 
 def index(config: RunConfig, inputs: Inputs, screen: Screen, fingerprint: str) -> tuple[Counts, list[str]]:
@@ -44,6 +45,7 @@ def index(config: RunConfig, inputs: Inputs, screen: Screen, fingerprint: str) -
     compounds = compounds.merge(of_compound, on="compound", validate="one_to_one")
 
     dimension = cells.shape[1]
+    _write(screen.profiles("raw"), wells[["plate", "well", "n_cells"]], raw, raw_profiles_form(dimension), fingerprint)
     _write(
         screen.profiles("well"),
         wells[["plate", "well", "compound", "role", "n_cells"]],

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 
-from storage_schemas.errors import SchemaError
+from storage_schemas import store
+from storage_schemas.errors import InputError, SchemaError
 from storage_schemas.keys import WellKey
 from storage_schemas.screen import Screen
-from storage_schemas.tables import embeddings_form, open_table, vector_dimension
+from storage_schemas.tables import (
+    COMPOUNDS,
+    METADATA_PREFIX,
+    PLATE_MAP,
+    compound_profiles_form,
+    embeddings_form,
+    open_table,
+    raw_profiles_form,
+    vector_dimension,
+    well_profiles_form,
+)
 
 CELL_KEYS = ["plate", "well", "site", "track"]
 
@@ -31,6 +42,63 @@ def read_embeddings(screen: Screen, wells: Sequence[WellKey]) -> tuple[pd.DataFr
     form = embeddings_form(vector_dimension(urls[0], "embedding"))
     table = pa.concat_tables([open_table(url, form) for url in urls])
     return table.select(CELL_KEYS).to_pandas(), vectors(table["embedding"])
+
+
+def read_profiles(
+    screen: Screen, level: Literal["well", "compound"] = "well", processed: bool = True
+) -> tuple[pd.DataFrame, npt.NDArray[np.float32]]:
+    """Profiles, and all that is known of what they are of, of a screen that was run or whose profiles were imported.
+
+    Args:
+        screen: with profiles.
+        level: of wells, or of compounds.
+        processed: after the recipe of the screen's configuration (``profiles``); else wells as they were summed up from
+            cells or imported, whose values may be NaN.
+
+    Returns:
+        plate, well, compound, role, concentration, unit, replicate, moa, target, n_cells, and every further column that
+        was imported, a row a profile; missing ones are None or NaN. Of compounds those hold what all its wells share,
+        beside n_wells. And the (n, D) profiles in the same order.
+
+    Raises:
+        SchemaError: if there are no profiles.
+        InputError: for compounds that are not processed.
+    """
+    if level == "compound" and not processed:
+        raise InputError("profiles of compounds are made of processed wells; ask for processed ones, or for wells")
+    raw_url = screen.profiles("raw")
+    if not store.exists(raw_url):
+        raise SchemaError(screen.url, "has no profiles: run the stage `index` first, or import some")
+    raw = open_table(raw_url, raw_profiles_form(vector_dimension(raw_url, "profile")))
+    metadata = _metadata(screen, raw.drop_columns("profile").to_pandas())
+    if not processed:
+        return metadata, vectors(raw["profile"])
+    url = screen.profiles(level)
+    form = well_profiles_form if level == "well" else compound_profiles_form
+    table = open_table(url, form(vector_dimension(url, "profile")))
+    if level == "compound":
+        metadata = table.select(["compound", "n_wells"]).to_pandas().merge(_shared(metadata, "compound"), on="compound")
+    assert len(metadata) == len(table), "raw and processed profiles are written together"
+    return metadata, vectors(table["profile"])
+
+
+def _metadata(screen: Screen, wells: pd.DataFrame) -> pd.DataFrame:
+    """What the plate map, the table of compounds and an import say of wells, in their order."""
+    names = [str(name) for name in wells]
+    further = {name: name.removeprefix(METADATA_PREFIX) for name in names if name.startswith(METADATA_PREFIX)}
+    plate_map = open_table(screen.plate_map, PLATE_MAP).to_pandas()
+    compounds = open_table(screen.compounds, COMPOUNDS, ["compound", "moa", "target"]).to_pandas()
+    known = wells[["plate", "well"]].merge(plate_map, on=["plate", "well"], how="left", validate="one_to_one")
+    known = known.merge(compounds, on="compound", how="left", validate="many_to_one")
+    return pd.concat([known, wells[["n_cells", *further]].rename(columns=further)], axis=1)
+
+
+def _shared(wells: pd.DataFrame, key: str) -> pd.DataFrame:
+    """A row a key: of each column what all its wells have in common, missing where they differ; cells are added up."""
+    groups = wells.groupby(key, sort=True)
+    same = groups.nunique(dropna=False) == 1
+    shared = groups.first().where(same)
+    return shared.assign(n_cells=groups["n_cells"].sum(min_count=1)).reset_index()
 
 
 def vectors(column: pa.ChunkedArray) -> npt.NDArray[np.float32]:

@@ -248,6 +248,29 @@ def embeddings_form(dimension: int) -> TableForm:
     return TableForm("embeddings", 1, pa.schema([*_CELL_KEYS, vector]))
 
 
+METADATA_PREFIX = "metadata_"
+
+
+def raw_profiles_form(dimension: int) -> TableForm:
+    """A row a well: its profile before any normalisation, which may hold NaN, and what else is known of the well.
+
+    Columns beyond the form's are metadata that neither the plate map nor the table of compounds has, such as
+    ``metadata_time``.
+    """
+    return TableForm(
+        "raw_profiles",
+        1,
+        pa.schema(
+            [
+                *_KEYS,
+                ("n_cells", pa.int32()),  # null where it is not known
+                ("profile", pa.list_(pa.float32(), dimension)),
+            ]
+        ),
+        extra_prefix=METADATA_PREFIX,
+    )
+
+
 def well_profiles_form(dimension: int) -> TableForm:
     """A row a well: its key, how many cells it had and its normalised profile."""
     return TableForm(

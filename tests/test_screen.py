@@ -50,6 +50,7 @@ def paths(screen: Screen) -> dict[str, str]:
         screen.training_metrics: "train: train/metrics.parquet",
         screen.checkpoint: "train: checkpoint",
         screen.embeddings(B02): "embed: embeddings/plate 1/B02.parquet",
+        screen.profiles("raw"): "index: profiles/raw.parquet",
         screen.profiles("well"): "index: profiles/well.parquet",
         screen.profiles("compound"): "index: profiles/compound.parquet",
         screen.profiles("normalisation"): "index: profiles/normalisation.parquet",

@@ -31,6 +31,7 @@ FORMS = [
     tables.TRAINING_METRICS,
     tables.INDEX_IDS,
     tables.embeddings_form(4),
+    tables.raw_profiles_form(4),
     tables.well_profiles_form(4),
     tables.compound_profiles_form(4),
     tables.normalisation_form(4),
