@@ -51,9 +51,9 @@ def evaluate(config: RunConfig, inputs: Inputs, screen: Screen, fingerprint: str
 
 
 def _asked(config: RunConfig, table: pd.DataFrame) -> set[str]:
-    """The parts that are tested; of a split by compound both, though one be empty, so that it says why."""
+    """The parts that are tested; of a split by compound those asked for, though one be empty, so that it says why."""
     if isinstance(config.split, ByCompound):
-        return {"test_compound", "test_replicate"}
+        return {"test_compound", "test_replicate"} if config.split.hold_out_replicate else {"test_compound"}
     return set(table["split"])
 
 

@@ -9,6 +9,10 @@ import pandas as pd
 import pytest
 from conftest import Command
 
+from pipelines.config import parse
+from pipelines.evaluate import _asked
+from screening.splits import TESTS
+
 pytestmark = pytest.mark.usefixtures("local_ray")
 
 
@@ -45,6 +49,13 @@ def test_cells_are_divided_and_the_reader_is_warned(
     assert any("optimistic" in note for note in stages["train"]["notes"])
     assert stages["train"]["counts"]["cells: train"] == count["train"] == stages["train"]["counts"]["clips"]
     assert not any("no validation" in note for note in stages["train"]["notes"])
+
+
+@pytest.mark.parametrize(("held_out", "tests"), [(True, {"compound", "replicate"}), (False, {"compound"})])
+def test_a_replicate_is_a_test_only_if_it_is_held_out(held_out: bool, tests: set[str]) -> None:
+    config = parse({"inputs": {"cells": "cells"}, "split": {"hold_out_replicate": held_out}}, "test")
+    nothing = pd.DataFrame({"split": ["train"]})
+    assert {TESTS[part] for part in _asked(config, nothing)} == tests
 
 
 def test_a_table_is_edited_and_given_back(on_its_cells: list[str], command: Command, tmp_path: Path) -> None:
