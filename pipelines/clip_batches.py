@@ -1,26 +1,34 @@
-"""Batches of clips for training: which clips there are, and the actor that reads and augments them.
+"""Batches of clips for training: which clips there are, and the actors that read and augment them.
 
 Apart from `train`, so that readers start without Ray Train.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from itertools import cycle, islice
+from typing import Any, Self
 
 import cv2
 import numpy as np
 import pandas as pd
+import ray
 import torch
 
+from pipelines.cluster import READER_CPUS
 from screening.augmentation import AugmentConfig, apply, draw
 from screening.splits import CELL, is_of_cells, parts_of
+from screening.training import TrainingError
 from storage_schemas.clips import read_clips
 from storage_schemas.errors import InputError
 from storage_schemas.keys import WellKey
 from storage_schemas.screen import Screen
 from storage_schemas.tables import CELLS, open_table
+
+_AHEAD = 2  # batches that each reader has been asked for
+_READERS_START = 300  # seconds until readers without room are an error
 
 
 @dataclass(frozen=True)
@@ -108,7 +116,7 @@ def clip_table(screen: Screen, wells: pd.DataFrame) -> ClipTable:
 
 
 class BatchReader:
-    """Reads the clips of one row of an index table, and augments those for training."""
+    """Reads the clips of one row of a plan, and augments those for training."""
 
     def __init__(self, sources: Mapping[str, ClipTable], config: AugmentConfig, cache_bytes: int) -> None:
         # Its share of the machine is a fraction of a core; more threads would take them from the training step.
@@ -118,7 +126,7 @@ class BatchReader:
         self._config = config
         self._cache = ClipCache(cache_bytes)
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+    def read(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Read one batch.
 
         Args:
@@ -126,15 +134,8 @@ class BatchReader:
                 augmentation of the whole batch, how many clips ``of`` it there are, and where these ``start`` in it.
 
         Returns:
-            kind, clips (n, C, T, H, W) as stored, label (n,) and name (n strings); or only ``mistake``, what a user
-                should mend: Ray Data would not hand on the error itself.
+            kind, clips (n, C, T, H, W) as stored, label (n,) and name (n strings).
         """
-        try:
-            return self._read(row)
-        except InputError as error:
-            return {"mistake": str(error)}
-
-    def _read(self, row: dict[str, Any]) -> dict[str, Any]:
         picked = self._sources[row["kind"]].take(np.asarray(row["positions"], np.int64))
         pixels = picked.read(self._cache)
         if row["kind"] == "train":
@@ -144,3 +145,79 @@ class BatchReader:
             drawn = draw(int(row["of"]), self._config, generator)[row["start"] : row["start"] + len(pixels)]
             pixels = apply(torch.from_numpy(pixels), drawn, self._config).numpy()
         return {"kind": row["kind"], "clips": pixels, "label": picked.label, "name": picked.name.tolist()}
+
+
+class BatchStream:
+    """Batches in order from reader actors anywhere in the cluster, read ahead of whoever takes them.
+
+    Not through Ray Data: while a slow training step lets no output through, its executor turns in circles, and that in
+    the process that trains. A reader that is lost with its node is started again elsewhere.
+    """
+
+    def __init__(
+        self,
+        rows: Iterable[Mapping[str, Any]],
+        sources: Mapping[str, ClipTable],
+        config: AugmentConfig,
+        *,
+        readers: int,
+        cache_bytes: int,
+    ) -> None:
+        """Start the readers.
+
+        Args:
+            rows: what to read, as for :meth:`BatchReader.read`; taken as they are needed.
+            sources: kind -> clips.
+            config: of the augmentation.
+            readers: how many actors read.
+            cache_bytes: that each may keep in memory.
+
+        Raises:
+            TrainingError: if the cluster has no room for them.
+        """
+        actor = ray.remote(num_cpus=READER_CPUS, max_restarts=-1, max_task_retries=-1)(BatchReader)
+        shared = ray.put(sources)
+        self._readers = [actor.remote(shared, config, cache_bytes) for _ in range(readers)]
+        self._turns = cycle(self._readers)
+        self._rows = iter(rows)
+        self._ahead: deque[ray.ObjectRef[dict[str, Any]]] = deque()
+        try:
+            ray.get([reader.__ray_ready__.remote() for reader in self._readers], timeout=_READERS_START)
+        except ray.exceptions.GetTimeoutError as error:
+            self.close()
+            raise TrainingError(
+                f"no room for {readers} reader(s) of {READER_CPUS} CPUs each within {_READERS_START} s: lower "
+                "resources.train_readers or resources.train_workers, or add CPUs to the cluster"
+            ) from error
+        self._ask(_AHEAD * readers)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        """The next batch.
+
+        Raises:
+            TrainingError: for what a user should mend in the clips.
+        """
+        if not self._ahead:
+            raise StopIteration
+        try:
+            batch = ray.get(self._ahead.popleft())
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, InputError):
+                raise TrainingError(str(error.cause)) from error
+            raise
+        self._ask(1)
+        # Ray's objects are read-only, and torch wants to be able to write.
+        return {**batch, "clips": batch["clips"].copy(), "label": batch["label"].copy()}
+
+    def close(self) -> None:
+        """Stop the readers."""
+        self._ahead.clear()
+        for reader in self._readers:
+            ray.kill(reader)
+
+    def _ask(self, count: int) -> None:
+        for row in islice(self._rows, count):
+            self._ahead.append(next(self._turns).read.remote(row))

@@ -1,8 +1,8 @@
 """Stage `train`: clips in; a network that embeds cells out.
 
 Ray Train runs the workers and keeps their checkpoints, one an epoch, so that a run that loses a worker, a node or
-everything goes on from the last one. Each worker reads its batches through Ray Data from an index table, a row a
-batch: reading and augmenting run in actors anywhere in the cluster, ahead of the training step.
+everything goes on from the last one. Reading and augmenting run in actors anywhere in the cluster, ahead of the
+training step.
 
 A training has a phase or two: on compounds, if that is asked for (`pretrain`), then on what `train.label` says, from
 the weights that the first phase was best with.
@@ -16,7 +16,7 @@ import math
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -33,8 +33,8 @@ from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
-from pipelines.clip_batches import BatchReader, ClipTable, clip_table
-from pipelines.cluster import READER_CPUS, quiet_ray_data, usable_cpus, worker_cpus
+from pipelines.clip_batches import BatchStream, ClipTable, clip_table
+from pipelines.cluster import usable_cpus, worker_cpus
 from pipelines.config import ConfigError, ResourcesConfig, RunConfig, parse, with_cells_of
 from pipelines.inputs import Inputs, open_inputs
 from pipelines.loggers import Log, Training, check_loggers, open_loggers
@@ -72,10 +72,8 @@ OnEpoch: TypeAlias = Callable[[Mapping[str, Any]], None]
 
 _NORMALISATION_CLIPS = 2048  # clips that the normalisation is measured on
 _VALIDATION_BATCH = 64
-_ROWS_AHEAD = 2000  # batches planned in one Ray Data run: bounds the plan, spares starts
 _STREAMS: dict[PhaseName, tuple[int, int]] = {"pretrain": (6, 7), "train": (2, 3)}  # of random numbers: plan, changes
 _STARTS = 5  # times that Ray Train waits a minute for room, which a cluster that grows has by then
-_READERS_START = 300  # seconds until readers without room are an error
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 
@@ -536,7 +534,6 @@ def _worker(config: dict[str, Any]) -> None:
 
 
 def _train(job: _Job) -> None:
-    quiet_ray_data()
     torch.set_num_threads(min(job.threads, os.cpu_count() or 1))
     stored: dict[str, Any] | None = None
     history: list[dict[str, Any]] = []
@@ -641,7 +638,7 @@ def _validate(
         return None
     frames = frames_seen(job.model, job.n_frames)
     found: dict[str, list[Any]] = {"query": [], "gallery": []}
-    for _ in range(len(_validation_rows(job, 0, rank_, workers))):
+    for _ in range(len(_validation_rows(job, rank_, workers))):
         batch = next(batches)
         vectors = embed(state.network, batch["clips"], job.normalisation, frames)
         groups = [job.groups[name.rsplit("/", 2)[0]] for name in batch["name"]]
@@ -689,39 +686,25 @@ def _validates(job: _Job) -> bool:
     return bool(len(job.query.label) and len(job.gallery.label))
 
 
-def _validation_rows(job: _Job, epoch: int, rank_: int, workers: int) -> list[dict[str, Any]]:
+def _validation_rows(job: _Job, rank_: int, workers: int) -> list[dict[str, Any]]:
     rows = []
     for kind, clips in (("query", job.query), ("gallery", job.gallery)):
         starts = range(0, len(clips.label) if _validates(job) else 0, _VALIDATION_BATCH)
         for start in starts:
             stop = min(start + _VALIDATION_BATCH, len(clips.label))
-            rows.append({"kind": kind, "positions": np.arange(start, stop), "seed": [epoch], "start": 0, "of": 0})
+            rows.append({"kind": kind, "positions": np.arange(start, stop)})
     return rows[rank_::workers]
 
 
-def _batches(job: _Job, phase: _Phase, first: int, rank_: int, workers: int) -> Generator[dict[str, Any], None, None]:
+def _batches(job: _Job, phase: _Phase, first: int, rank_: int, workers: int) -> BatchStream:
     """All batches of a phase from an epoch on, in order: an epoch's training batches, then its validation batches."""
+    rows = (
+        row
+        for epoch in range(first, phase.config.epochs)
+        for row in _training_rows(job, phase, epoch, rank_, workers) + _validation_rows(job, rank_, workers)
+    )
     sources = {"train": phase.clips, "query": job.query, "gallery": job.gallery}
-    epochs = phase.config.epochs
-    rows: list[dict[str, Any]] = []
-    for epoch in range(first, epochs):
-        rows += _training_rows(job, phase, epoch, rank_, workers)
-        rows += _validation_rows(job, epoch, rank_, workers)
-        if len(rows) < _ROWS_AHEAD and epoch + 1 < epochs:
-            continue
-        dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
-        dataset.context.execution_options.preserve_order = True
-        dataset.context.wait_for_min_actors_s = _READERS_START
-        for batch in dataset.map(
-            BatchReader,
-            fn_constructor_args=(sources, job.augment, job.cache_bytes),
-            num_cpus=READER_CPUS,
-            concurrency=job.readers,
-        ).iter_rows():
-            if "mistake" in batch:
-                raise TrainingError(batch["mistake"])
-            yield batch
-        rows = []
+    return BatchStream(rows, sources, job.augment, readers=job.readers, cache_bytes=job.cache_bytes)
 
 
 def _write_metrics(screen: Screen, history: Sequence[dict[str, Any]], fingerprint: str) -> None:

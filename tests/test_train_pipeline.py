@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import struct
 import time
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +25,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from pipelines import train
 from pipelines.clip_batches import BatchReader
-from pipelines.cluster import check_room
+from pipelines.cluster import check_room, cluster
 from pipelines.config import ConfigError, ResourcesConfig, RunConfig, load
 from pipelines.inputs import Inputs, open_inputs
 from pipelines.run import run
@@ -135,7 +139,7 @@ def test_the_shares_of_all_workers_are_the_batch_of_one(workers: int, phase: int
     reader = BatchReader({"train": job.phases[phase].clips}, job.augment, 0)
 
     def read(rank: int, of: int) -> list[dict[str, Any]]:
-        return [reader(row) for row in train._training_rows(job, job.phases[phase], 1, rank, of)]
+        return [reader.read(row) for row in train._training_rows(job, job.phases[phase], 1, rank, of)]
 
     shares = [read(rank, workers) for rank in range(workers)]
     for whole, *parts in zip(read(0, 1), *shares, strict=True):
@@ -143,6 +147,35 @@ def test_the_shares_of_all_workers_are_the_batch_of_one(workers: int, phase: int
             assert len(np.unique(part["label"])) > 1
         for name in ("clips", "label", "name"):
             np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), whole[name])
+
+
+def test_batches_come_in_order_also_when_a_reader_is_lost(cells: Path) -> None:
+    job = replace(job_of(configuration(cells)), readers=2)
+    (phase,) = job.phases
+    rows = [row for epoch in range(phase.config.epochs) for row in train._training_rows(job, phase, epoch, 0, 1)]
+    here = BatchReader({"train": phase.clips}, job.augment, 0)
+    assert len(rows) > 4, "some are asked for only after the loss"
+    with cluster(ResourcesConfig(cpus=2)), closing(train._batches(job, phase, 0, 0, 1)) as stream:
+        for number, row in enumerate(rows):
+            if number == 1:
+                os.kill(ray.get(stream._readers[0].__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
+            batch = next(stream)
+            while batch["kind"] != "train":
+                batch = next(stream)
+            wanted = here.read(row)
+            for name in ("clips", "label", "name"):
+                np.testing.assert_array_equal(batch[name], wanted[name])
+        assert "train" not in {batch["kind"] for batch in stream}
+
+
+def test_clips_that_cannot_be_read_are_named(cells: Path, tmp_path: Path) -> None:
+    job = job_of(configuration(cells))
+    (phase,) = job.phases
+    gone = replace(phase.clips, url=np.full_like(phase.clips.url, str(tmp_path / "gone.zarr")))
+    with cluster(ResourcesConfig(cpus=2)):
+        stream = train._batches(job, replace(phase, clips=gone), 0, 0, 1)
+        with closing(stream), pytest.raises(TrainingError, match=r"gone\.zarr: is not a readable Zarr array"):
+            next(stream)
 
 
 def test_epochs_and_phases_have_batches_of_their_own(cells: Path) -> None:
