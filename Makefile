@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format benchmark-site benchmark-ray benchmark-segmentation benchmark-retrieval benchmark-training benchmark-train-loading clean
+.PHONY: help demo test test-slow lint format benchmark-site benchmark-ray benchmark-segmentation benchmark-retrieval benchmark-training benchmark-train-loading benchmark-ablations clean
 
 help:
 	@echo "make demo       simulate a small screen, run every stage, ask it a question (into demo/)"
@@ -21,6 +21,7 @@ help:
 	@echo "make benchmark-training  what the steps of training cost, beside the plain ways"
 	@echo "make benchmark-retrieval  retrieval metrics beside a loop over queries, and their memory"
 	@echo "make benchmark-train-loading  training through the loader beside batches in memory"
+	@echo "make benchmark-ablations  MitoReID's two tables on a simulated screen (into ablations/)"
 	@echo "make clean      remove the environment, caches, builds and demo/"
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -65,6 +66,9 @@ benchmark-training: $(INSTALLED)
 benchmark-train-loading: $(INSTALLED)
 	$(BIN)/python benchmarks/train_loading.py
 
+benchmark-ablations: $(INSTALLED)
+	$(BIN)/python benchmarks/ablations.py ablations
+
 clean:
-	rm -rf $(VENV) demo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo ablations build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

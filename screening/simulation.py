@@ -182,6 +182,11 @@ class SimulationConfig(Config):
     replicates: int = Field(3, ge=1, description="replicate plates, each holding every well once")
     moas: tuple[Moa, ...] = Field(get_args(Moa), min_length=1, description="mechanisms of action on the plates")
     compounds_per_moa: int = Field(4, ge=1, description="compounds per mechanism of action")
+    unknown_per_moa: int = Field(
+        0,
+        ge=0,
+        description="how many of these the table of compounds tells no MOA of, as of most compounds of a screen",
+    )
     doses_um: tuple[float, ...] = Field((10.0,), min_length=1, description="concentrations of each compound [uM]")
     controls_per_plate: int = Field(6, ge=0, description="wells with DMSO alone on each plate")
     sites_per_well: int = Field(1, ge=1, description="fields of view per well")
@@ -206,6 +211,10 @@ class SimulationConfig(Config):
     def _fits(self) -> Self:
         if len(set(self.moas)) != len(self.moas) or len(set(self.doses_um)) != len(self.doses_um):
             raise ValueError("moas and doses_um must not repeat a value")
+        if self.unknown_per_moa > self.compounds_per_moa:
+            raise ValueError(
+                f"unknown_per_moa is {self.unknown_per_moa} and there are {self.compounds_per_moa} compounds_per_moa"
+            )
         if min(self.doses_um) <= 0:
             raise ValueError(
                 f"doses_um must be positive, got {self.doses_um}; untreated wells come from controls_per_plate"
@@ -308,7 +317,8 @@ def design(config: SimulationConfig) -> tuple[pd.DataFrame, pd.DataFrame]:
     Returns:
         plate_map: plate, well, compound, concentration, unit, role, replicate; a row a well.
         compounds: compound, name, moa (None for DMSO), cas, inchikey, smiles, target; the
-            substances are invented, so the chemical identifiers are None.
+            substances are invented, so the chemical identifiers are None. Of the last
+            ``unknown_per_moa`` compounds of each mechanism nothing is told.
     """
     wells = [
         {
@@ -323,15 +333,12 @@ def design(config: SimulationConfig) -> tuple[pd.DataFrame, pd.DataFrame]:
         for replicate, plate in enumerate(_plate_names(config), start=1)
         for well, (compound, dose) in _layout(config, plate).items()
     ]
-    substances = [
-        {
-            "compound": compound,
-            "name": f"simulated {moa} {compound.rsplit('-', 1)[1]}",
-            "moa": moa,
-            "target": MECHANISMS[moa].target,
-        }
-        for compound, moa in _compound_names(config).items()
-    ]
+    known = config.compounds_per_moa - config.unknown_per_moa
+    substances: list[dict[str, str]] = []
+    for compound, moa in _compound_names(config).items():
+        number = compound.rsplit("-", 1)[1]
+        told = {"name": f"simulated {moa} {number}", "moa": moa, "target": MECHANISMS[moa].target}
+        substances.append({"compound": compound, **(told if int(number) <= known else {})})
     substances.append({"compound": NEGATIVE_CONTROL, "name": "dimethyl sulfoxide"})
     columns = ["compound", "name", "moa", "cas", "inchikey", "smiles", "target"]
     compounds = pd.DataFrame(substances, columns=columns, dtype=object)

@@ -107,6 +107,17 @@ def test_the_design_holds_every_compound_and_dose_once_a_plate() -> None:
     assert not compounds["compound"].duplicated().any()
 
 
+def test_the_table_of_compounds_may_leave_mechanisms_unknown() -> None:
+    config = SimulationConfig(compounds_per_moa=3, unknown_per_moa=2)
+    compounds = design(config)[1].set_index("compound")
+    truth = compound_effects(config).set_index("compound")["moa"]
+    known = compounds["moa"].dropna()
+    assert known.index.str.endswith("-1").all()
+    assert known.to_dict() == truth[known.index].to_dict()
+    assert len(known) == truth.nunique() == len(compounds.index.drop("DMSO")) / 3
+    assert compounds.loc["uncoupler-3", ["name", "moa", "target"]].isna().all()
+
+
 def test_replicate_plates_have_different_layouts() -> None:
     plate_map, _ = design(SimulationConfig())
     layouts = [list(p.sort_values("well")["compound"]) for _, p in plate_map.groupby("plate")]
@@ -396,6 +407,7 @@ def test_any_geometry_goes_through(height: int, width: int, frames: int, pixel: 
         ({"doses_um": (0.0,)}, "controls_per_plate"),
         ({"doses_um": (1.0, 1.0)}, "repeat"),
         ({"compounds_per_moa": 500}, "1536"),
+        ({"unknown_per_moa": 5}, "unknown_per_moa is 5"),
         ({"cells_per_site": 500}, "lower cells_per_site"),
         ({"frame": 8}, "frame"),
     ],
