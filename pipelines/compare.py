@@ -30,6 +30,7 @@ from pipelines.units import Counts
 from pipelines.vectors import CELL_KEYS, vector_column
 from screening.baselines import BaselineConfig, Classifier, Scaler, log_ratios, summarise
 from screening.evaluation import ALL_MOAS, score_table
+from screening.markdown import table as markdown_table
 from screening.splits import parts_of
 from storage_schemas import store
 from storage_schemas.clips import frame_numbers, open_clips
@@ -343,13 +344,8 @@ def markdown(scores: pd.DataFrame, notes: Sequence[str]) -> str:
     for test in scores["test"].unique():
         rows = table(scores, test)
         header = [heading(test), *rows.columns[1:]]
-        lines += [_line(header), _line(["---", *["---:"] * (len(header) - 1)])]
-        lines += [*map(_line, rows.to_numpy().tolist()), ""]
+        lines += [markdown_table(header, rows.to_numpy().tolist()), ""]
     return "\n".join([*lines, *(f"- {note}" for note in notes), ""])
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _notes_on_tests(scores: pd.DataFrame) -> list[str]:

@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from screening.evaluation import ALL_MOAS
+from screening.markdown import table
 
 _SHOWN = {"rank1": "Rank-1", "map": "mAP"}
 _COLOURS = ("#1f6f8b", "#d1495b", "#edae49", "#66a182", "#6a4c93")
@@ -27,13 +28,13 @@ def markdown(results: pd.DataFrame, sentences: Mapping[str, str]) -> str:
     networks = list(held_out["network"].unique())
     contrasts = [name for name in held_out["contrast"].unique() if name != ALL_MOAS]
     scores = {(ALL_MOAS, metric): name for metric, name in _SHOWN.items()}
-    scores |= {(name, "rank1"): f"Rank-1, {name}".replace("|", r"\|") for name in contrasts}
+    scores |= {(name, "rank1"): f"Rank-1, {name}" for name in contrasts}
     columns = [(network, key) for network in networks for key in scores]
     values = dict(list(held_out.groupby(["ablation", "network", "contrast", "metric"])["value"]))
     by_chance = dict(list(held_out.groupby(["network", "contrast", "metric"])["chance"]))
     heads = [f"{network} {scores[key]}" for network, key in columns]
-    rows = [["", *heads, *(f"{network} training, s" for network in networks), "epochs", "seeds", "queries"]]
-    rows.append(["---", *["---:"] * (len(rows[0]) - 1)])
+    header = ["", *heads, *(f"{network} training, s" for network in networks), "epochs", "seeds", "queries"]
+    rows = []
     trials = held_out[held_out["contrast"] == ALL_MOAS].drop_duplicates(["ablation", "network", "seed"])
     for name, own in trials.groupby("ablation", sort=False):
         cost = [_mean_sd(own.loc[own["network"] == network, "train_seconds"], digits=0) for network in networks]
@@ -42,13 +43,13 @@ def markdown(results: pd.DataFrame, sentences: Mapping[str, str]) -> str:
         shares = [_mean_sd(_percent(values.get((name, network, *key)))) for network, key in columns]
         rows.append([sentences[str(name)], *shares, *cost, *spans])
     chance = [_mean_sd(_percent(by_chance.get((network, *key))), sd=False) for network, key in columns]
-    rows.append(["chance", *chance, *[""] * (len(rows[0]) - 1 - len(chance))])
+    rows.append(["chance", *chance, *[""] * (len(header) - 1 - len(chance))])
     test = str(held_out["test"].iloc[0]) if len(held_out) else "compound"
     title = (
         f"Test {test}: held-out cells looked up among trained ones; mean ± sd over seeds, in %. Training is the "
         "wall-clock time of one trial, beside those that ran at the same time."
     )
-    return "\n".join([title, "", *(f"| {' | '.join(row)} |" for row in rows), ""])
+    return f"{title}\n\n{table(header, rows)}\n"
 
 
 def figure(results: pd.DataFrame, sentences: Mapping[str, str]) -> bytes:

@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from screening.markdown import table
 from tune.results import markdown as tests_markdown
 from tune.results import svg
 
@@ -68,17 +69,18 @@ def markdown(results: pd.DataFrame, best: int, tests: pd.DataFrame) -> str:
     """
     ranked = ranking(results, best)
     keys = list(dict.fromkeys(key for sample in ranked for key in sample.settings))
-    lines = [["sample", *keys, "epochs", "seeds", "validation mAP"], ["---:"] * (len(keys) + 4)]
+    header = ["sample", *keys, "epochs", "seeds", "validation mAP"]
+    rows = []
     for sample in ranked:
         values = [_text(sample.settings[key]) if key in sample.settings else "as configured" for key in keys]
         epochs = f"{sample.epochs}, stopped" if sample.stopped else str(sample.epochs)
-        lines.append([str(sample.sample), *values, epochs, str(len(sample.scores)), _mean_sd(sample.scores)])
+        rows.append([str(sample.sample), *values, epochs, str(len(sample.scores)), _mean_sd(sample.scores)])
     title = (
         f"{len(ranked)} samples, {sum(sample.stopped for sample in ranked)} stopped early; sample {best} was chosen by "
         "its validation mAP (best epoch; mean ± sd over seeds, in %). Sample 0 is the configuration as it is."
     )
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{title}\n\n{table}\n\n{tests_markdown(tests, {f'sample-{best:03d}': f'sample {best}'})}"
+    tested = tests_markdown(tests, {f"sample-{best:03d}": f"sample {best}"})
+    return f"{title}\n\n{table(header, rows, names=0)}\n\n{tested}"
 
 
 def figure(results: pd.DataFrame, best: int) -> bytes:
