@@ -1,6 +1,8 @@
-"""Stage `report`: everything a run has found, as one HTML page."""
+"""Stage `report`: everything a run has found, as one HTML page; and the same page of any finished screen."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -8,22 +10,35 @@ import pandas as pd
 
 from pipelines.config import RunConfig
 from pipelines.inputs import Inputs, well_keys
-from pipelines.query import nearest_compounds
+from pipelines.query import nearest_compounds, predict
 from pipelines.segment import open_calibration
 from pipelines.status import stage_table
 from pipelines.units import Counts
-from pipelines.vectors import read_embeddings
+from pipelines.vectors import read_embeddings, read_profiles
 from screening.quality import limits, summarise, worst_sites
-from screening.report import Example, ReportData, channel_colours, embedding_map, render
+from screening.report import (
+    Example,
+    ReportData,
+    channel_colours,
+    embedding_map,
+    moa_similarity,
+    render,
+    typical_cells,
+)
+from screening.site import SegmentConfig
 from storage_schemas import store
 from storage_schemas.clips import as_bytes, channel_names, open_clips, read_clips
-from storage_schemas.screen import Screen
-from storage_schemas.tables import CELLS, QUALITY, TRAINING_METRICS, open_table
+from storage_schemas.errors import InputError
+from storage_schemas.index import index_exists
+from storage_schemas.keys import WellKey
+from storage_schemas.screen import Manifest, Screen
+from storage_schemas.tables import CELLS, COMPOUNDS, PLATE_MAP, QUALITY, TRAINING_METRICS, open_table
 
-OUTPUT_VERSION = 3  # raised when the same configuration gives another page
+OUTPUT_VERSION = 4  # raised when the same configuration gives another page
 
 _MAPPED_CELLS = 20_000  # more would be one blot, and a heavy page
-_EXAMPLES = 40  # clips in the page
+_CLIPS = 600  # read for the page, which keeps the memory that they take in bounds
+_CELLS_OF_COMPOUND = 4  # shown at most
 _NEIGHBOURS = 5
 _WORST_SITES = 50  # listed beside the failed ones
 
@@ -34,60 +49,77 @@ def report(config: RunConfig, inputs: Inputs, screen: Screen, fingerprint: str) 
     Returns:
         Counts, and notes for the reader.
     """
-    rng = np.random.default_rng([config.seed, 5])
+    data = collect(screen, inputs.notes)
+    store.write_bytes(screen.report, render(data).encode())
+    return {"clips shown": len(data.examples), "compounds": len(inputs.compounds)}, []
+
+
+def write_report(url: str, out: str | None = None) -> str:
+    """Write the page of a screen as it is now, however far it has come and wherever its profiles are from.
+
+    Args:
+        url: the screen.
+        out: the file to write; that of the screen by default.
+
+    Returns:
+        Where the page is.
+
+    Raises:
+        SchemaError: if there is no screen.
+    """
+    screen = Screen.open(store.absolute(url))
+    page = render(collect(screen)).encode()
+    target = screen.report if out is None else store.absolute(out)
+    store.write_bytes(target, page)
+    return target
+
+
+def collect(screen: Screen, notes: Sequence[str] = ()) -> ReportData:
+    """What a screen has to show; what it lacks is left empty.
+
+    Args:
+        screen: run, in part or whole, or with imported profiles.
+        notes: what a reader should know beside the notes of the stages.
+    """
     manifest = screen.read_manifest()
-    metrics = open_table(screen.training_metrics, TRAINING_METRICS).to_pandas()
-    keys, embeddings = read_embeddings(screen, inputs.wells)
-    maps = inputs.plate_map.merge(inputs.compounds[["compound", "moa"]], on="compound", how="left")
-    examples = _examples(screen, maps, rng)
-    judged = read_quality(inputs, screen)
-    data = ReportData(
-        title=config.title,
-        provenance={
-            **{f"version of {name}": version for name, version in manifest.software.items()},
-            "seed": config.seed,
-            **_source(inputs),
-            "fingerprints": {name: record.fingerprint for name, record in manifest.stages.items()},
-            "configuration": manifest.config,
-        },
+    rng = np.random.default_rng([int(manifest.config.get("seed", 0)), 5])
+    compounds = open_table(screen.compounds, COMPOUNDS).to_pandas()
+    maps = open_table(screen.plate_map, PLATE_MAP).to_pandas()
+    maps = maps.merge(compounds[["compound", "moa"]], on="compound", how="left")
+    judged = read_quality(well_keys(maps), screen)
+    keys, vectors, mapped = _mapped_vectors(screen, maps)
+    return ReportData(
+        title=str(manifest.config.get("title", "Phenotypic screen")),
+        provenance=_provenance(screen, manifest),
         counts=stage_table(screen).query("stage != 'report'"),
-        plate_maps=_plate_maps(screen, maps, keys),
+        plate_maps=_plate_maps(screen, maps, keys, judged),
+        plate_measures={"n_cells": "cells in each well", "bad_frames": "share of bad frames"},
         quality=pd.DataFrame() if judged.empty else summarise(judged),
-        quality_limits=_quality_limits(config, screen, judged),
+        quality_limits=_quality_limits(manifest, screen, judged),
         bad_sites=bad_sites(screen, judged),
-        training=metrics.pivot(index=["phase", "epoch"], columns="name", values="value").reset_index(),
-        embedding_map=_map(maps, keys, embeddings, rng),
-        evaluation=store.read_json(screen.evaluation),
-        retrieval=nearest_compounds(screen, _NEIGHBOURS),
-        examples=examples,
+        training=_training(screen),
+        embedding_map=_map(maps, keys, vectors, rng),
+        mapped=mapped,
+        evaluation=store.read_json(screen.evaluation) if store.exists(screen.evaluation) else {},
+        similarity=_similarity(screen),
+        predictions=_predictions(screen),
+        retrieval=nearest_compounds(screen, _NEIGHBOURS) if index_exists(screen.index) else pd.DataFrame(),
+        examples=list(_examples(screen, maps, keys, vectors)) if mapped == "cell" else [],
         notes=[
-            *_scaling_note(config),
-            *inputs.notes,
+            *_scaling_note(manifest),
+            *notes,
             *(note for record in manifest.stages.values() for note in record.notes),
             *(f"{failure.unit} failed: {failure.message}" for failure in screen.failures("embed")),
         ],
     )
-    store.write_bytes(screen.report, render(data).encode())
-    return {"clips shown": len(examples), "compounds": len(inputs.compounds)}, []
 
 
-def read_quality(inputs: Inputs, screen: Screen) -> pd.DataFrame:
+def read_quality(wells: Sequence[WellKey], screen: Screen) -> pd.DataFrame:
     """Quality of all wells that have been segmented; nothing of imported cells, which have no images."""
     done = screen.done_units("segment")
-    urls = [screen.quality(well) for well in inputs.wells if well in done]
+    urls = [screen.quality(well) for well in wells if well in done]
     tables = [open_table(url, QUALITY).to_pandas() for url in urls if store.exists(url)]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
-
-
-def _quality_limits(config: RunConfig, screen: Screen, judged: pd.DataFrame) -> pd.DataFrame:
-    """The limits that frames of each plate were held to; none where sites were judged alone or in another run."""
-    if config.segment is None or not config.segment.alike or judged.empty:
-        return pd.DataFrame()
-    rows = []
-    for plate, table in judged.groupby("plate"):
-        usual = open_calibration(screen.calibration(str(plate))).quality
-        rows.append(limits(usual, list(table["channel"].unique()), config.segment.quality).assign(plate=plate))
-    return pd.concat(rows)[["plate", *rows[0].columns.drop("plate")]]
 
 
 def bad_sites(screen: Screen, judged: pd.DataFrame) -> pd.DataFrame:
@@ -118,59 +150,135 @@ def bad_sites(screen: Screen, judged: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([failed, flagged], ignore_index=True)
 
 
-def _source(inputs: Inputs) -> dict[str, object]:
-    if inputs.cells is not None:
-        return {"cells of": inputs.cells.url}
-    return {"plates": {plate.name: plate.url for plate in inputs.plates.values()}}
+def _provenance(screen: Screen, manifest: Manifest) -> dict[str, object]:
+    inputs = manifest.config.get("inputs") or {}
+    source = {"cells of": screen.segmented.url} if screen.segmented is not None else {"plates": inputs.get("plates")}
+    return {
+        **{f"version of {name}": version for name, version in manifest.software.items()},
+        "seed": manifest.config.get("seed"),
+        **source,
+        "fingerprints": {name: record.fingerprint for name, record in manifest.stages.items()},
+        "configuration": manifest.config,
+    }
 
 
-def _scaling_note(config: RunConfig) -> list[str]:
-    if config.segment is None or config.segment.clips.scaling.method not in ("site", "cell"):
+def _segment_config(manifest: Manifest) -> SegmentConfig | None:
+    settings = manifest.config.get("segment")
+    return None if settings is None else SegmentConfig.model_validate(settings)
+
+
+def _quality_limits(manifest: Manifest, screen: Screen, judged: pd.DataFrame) -> pd.DataFrame:
+    """The limits that frames of each plate were held to; none where sites were judged alone or in another run."""
+    config = _segment_config(manifest)
+    if config is None or not config.alike or judged.empty:
+        return pd.DataFrame()
+    rows = []
+    for plate, table in judged.groupby("plate"):
+        usual = open_calibration(screen.calibration(str(plate))).quality
+        rows.append(limits(usual, list(table["channel"].unique()), config.quality).assign(plate=plate))
+    return pd.concat(rows)[["plate", *rows[0].columns.drop("plate")]]
+
+
+def _scaling_note(manifest: Manifest) -> list[str]:
+    config = _segment_config(manifest)
+    if config is None or config.clips.scaling.method not in ("site", "cell"):
         return []
-    own = config.segment.clips.scaling.method
+    own = config.clips.scaling.method
     return [f"Clips are scaled {own} by {own}: their brightness does not compare between {own}s or wells."]
 
 
-def _plate_maps(screen: Screen, maps: pd.DataFrame, keys: pd.DataFrame) -> pd.DataFrame:
-    """A row a well with its number of embedded cells, missing where the well was not embedded."""
-    counted = keys.groupby(["plate", "well"]).size().rename("n_cells").reset_index()
-    table = maps.merge(counted, on=["plate", "well"], how="left")
-    done = screen.done_units("embed")
-    empty = [key in done for key in well_keys(table)]
-    table["n_cells"] = table["n_cells"].mask(table["n_cells"].isna() & np.array(empty), 0)
+def _training(screen: Screen) -> pd.DataFrame:
+    if not store.exists(screen.training_metrics):
+        return pd.DataFrame()
+    metrics = open_table(screen.training_metrics, TRAINING_METRICS).to_pandas()
+    return metrics.pivot(index=["phase", "epoch"], columns="name", values="value").reset_index()
+
+
+def _mapped_vectors(screen: Screen, maps: pd.DataFrame) -> tuple[pd.DataFrame, npt.NDArray[np.float32], str]:
+    """Keys and vectors of what the map shows, and its name: cells; wells where only their profiles are known."""
+    if screen.done_units("embed"):
+        return *read_embeddings(screen, well_keys(maps)), "cell"
+    if store.exists(screen.profiles("raw")):
+        wells, profiles = read_profiles(screen)
+        return wells[["plate", "well", "n_cells"]], profiles, "well"
+    return pd.DataFrame({"plate": [], "well": []}, dtype=str), np.empty((0, 1), np.float32), "cell"
+
+
+def _plate_maps(screen: Screen, maps: pd.DataFrame, keys: pd.DataFrame, judged: pd.DataFrame) -> pd.DataFrame:
+    """A row a well with its number of embedded cells, missing where the well was not embedded, and what else is known.
+
+    Of imported profiles the cells are as many as they say.
+    """
+    if "n_cells" in keys:
+        table = maps.merge(keys, on=["plate", "well"], how="left")
+    else:
+        counted = keys.groupby(["plate", "well"]).size().rename("n_cells").reset_index()
+        table = maps.merge(counted, on=["plate", "well"], how="left")
+        done = screen.done_units("embed")
+        empty = [key in done for key in well_keys(table)]
+        table["n_cells"] = table["n_cells"].mask(table["n_cells"].isna() & np.array(empty), 0)
+    if not judged.empty:
+        frames = judged.drop_duplicates(["plate", "well", "site", "frame"])
+        bad = frames.groupby(["plate", "well"])["bad"].mean().rename("bad_frames").reset_index()
+        table = table.merge(bad, on=["plate", "well"], how="left")
     return table.dropna(axis=1, how="all")
 
 
 def _map(
-    maps: pd.DataFrame, keys: pd.DataFrame, embeddings: npt.NDArray[np.float32], rng: np.random.Generator
+    maps: pd.DataFrame, keys: pd.DataFrame, vectors: npt.NDArray[np.float32], rng: np.random.Generator
 ) -> pd.DataFrame:
     picked = np.sort(rng.choice(len(keys), min(len(keys), _MAPPED_CELLS), replace=False))
-    placed = embedding_map(embeddings[picked], rng)
-    table = keys.iloc[picked].assign(x=placed[:, 0], y=placed[:, 1])
+    if not len(picked):
+        return pd.DataFrame()
+    placed = embedding_map(vectors[picked], rng)
+    table = keys[["plate", "well"]].iloc[picked].assign(x=placed[:, 0], y=placed[:, 1])
     columns = ["plate", "well", "compound", "moa", "replicate"]
     return table.merge(maps[columns], on=["plate", "well"], how="left")
 
 
-def _examples(screen: Screen, maps: pd.DataFrame, rng: np.random.Generator) -> list[Example]:
-    """A cell of one well of each compound, a compound of each MOA first, controls among them."""
-    done = screen.done_units("segment")
-    here = [key in done for key in well_keys(maps)]
-    wells = maps[here].drop_duplicates("compound")
-    wells = wells.assign(turn=wells.groupby("moa", dropna=False).cumcount())
-    wells = wells.sort_values(["turn", "moa", "compound"])
-    examples: list[Example] = []
-    for key, compound, moa, role in zip(well_keys(wells), wells["compound"], wells["moa"], wells["role"], strict=True):
-        if len(examples) == _EXAMPLES:
-            break
-        cells = open_table(screen.cells(key), CELLS, ["site", "track", "clip"]).to_pandas()
-        cells = cells[cells["clip"].notna()]
-        if cells.empty:
-            continue
-        cell = cells.iloc[int(rng.integers(len(cells)))]
-        clips = open_clips(screen.clips(key))
-        kind = "negative control" if role == "negative_control" else moa
-        title = f"{compound} ({kind})" if isinstance(kind, str) else str(compound)
-        clip = as_bytes(read_clips(screen.clips(key), [int(cell["clip"])]))[0]
-        caption = f"{key}, site {cell['site']}, track {cell['track']}"
-        examples.append(Example(title, caption, clip, channel_colours(channel_names(clips))))
-    return examples
+def _similarity(screen: Screen) -> pd.DataFrame:
+    """How alike the mechanisms' compounds are; nothing where no profile has a known mechanism."""
+    if not store.exists(screen.profiles("raw")):
+        return pd.DataFrame()
+    compounds, profiles = read_profiles(screen, "compound")
+    treated = (compounds["role"] != "negative_control").to_numpy()
+    return moa_similarity(profiles[treated], compounds.loc[treated, "moa"])
+
+
+def _predictions(screen: Screen) -> pd.DataFrame:
+    """The first choice of every compound; nothing where there is none to choose from."""
+    if not (index_exists(screen.index) and store.exists(screen.split)):
+        return pd.DataFrame()
+    try:
+        return predict(screen, None)
+    except InputError:  # No mechanism is known: the section says that none was predicted.
+        return pd.DataFrame()
+
+
+def _examples(
+    screen: Screen, maps: pd.DataFrame, keys: pd.DataFrame, embeddings: npt.NDArray[np.float32]
+) -> list[Example]:
+    """Typical cells of each compound, controls first, then by name."""
+    cells = keys.merge(maps[["plate", "well", "compound", "role"]], on=["plate", "well"], how="left")
+    controls = set(cells.loc[cells["role"] == "negative_control", "compound"])
+    groups = cells.groupby("compound").indices
+    names = sorted(groups, key=lambda name: (name not in controls, name))[:_CLIPS]
+    each = min(max(_CLIPS // max(len(names), 1), 1), _CELLS_OF_COMPOUND)
+    typical = [groups[name][typical_cells(embeddings[groups[name]], each)] for name in names]
+    chosen = cells.iloc[np.concatenate([*typical, np.empty(0, np.int64)])].reset_index(drop=True)
+    examples: dict[int, Example] = {}
+    for _, of_well in chosen.groupby(["plate", "well"]):
+        examples |= _read_examples(screen, well_keys(of_well)[0], of_well)
+    return [examples[i] for i in range(len(chosen))]
+
+
+def _read_examples(screen: Screen, well: WellKey, chosen: pd.DataFrame) -> dict[int, Example]:
+    """The clips of some cells of a well (compound, site, track), by their index."""
+    table = open_table(screen.cells(well), CELLS, ["site", "track", "clip"]).to_pandas()
+    found = chosen[["compound", "site", "track"]].merge(table, on=["site", "track"], how="left", validate="one_to_one")
+    url = screen.clips(well)
+    clips = as_bytes(read_clips(url, found["clip"].astype(int).tolist()))
+    colours = channel_colours(channel_names(open_clips(url)))
+    captions = f"{well}, site " + found["site"] + ", track " + found["track"].astype(str)
+    rows = zip(chosen.index, found["compound"], captions, clips, strict=True)
+    return {i: Example(str(compound), caption, clip, colours) for i, compound, caption, clip in rows}

@@ -323,7 +323,20 @@ _stage_command("train", "Clips in; a network that embeds cells out.")
 _stage_command("embed", "Clips and network in; an embedding a cell out.")
 _stage_command("index", "Embeddings in; well and compound profiles and the similarity index out.")
 _stage_command("evaluate", "Embeddings in; the held-out tests out.")
-_stage_command("report", "All of it in; one HTML page out.")
+
+
+@app.command()
+def report(
+    screen: ScreenArgument,
+    out: Annotated[str | None, typer.Option(help="The page to write; by default SCREEN/report.html.")] = None,
+) -> None:
+    """Write what a screen has found as one page to open in a browser: no network, no server.
+
+    It shows what is there: a run that has not ended, or a screen of imported profiles, has fewer sections.
+    """
+    from pipelines.report import write_report
+
+    typer.echo(write_report(screen, out))
 
 
 @app.command()

@@ -314,7 +314,7 @@ def test_every_fault_costs_its_site_and_a_mended_plate_is_as_if_never_broken(
     assert counts["sites flagged: no cells"] == counts["sites flagged: not finite"] == 1
 
     # The report lists both, the failed ones first.
-    listed = bad_sites(screen, read_quality(open_inputs(load(str(plates / "run.yaml")).inputs), screen))
+    listed = bad_sites(screen, read_quality(open_inputs(load(str(plates / "run.yaml")).inputs).wells, screen))
     assert listed["site"].tolist()[: len(failures)] == list(failures)
     assert (listed["outcome"] == "failed").sum() == len(failures)
     shown = listed.set_index("site")[["outcome", "reason"]].apply(tuple, axis=1).to_dict()

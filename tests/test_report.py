@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import hashlib
 import io
+import json
 import re
 from html.parser import HTMLParser
 from typing import Any
@@ -13,13 +14,27 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.colors import to_rgb
 from PIL import Image
+from skimage.color import deltaE_ciede2000, rgb2lab
 
-from screening import report
-from screening.report import Example, ReportData, channel_colours, embedding_map, render
+from screening.report import (
+    Example,
+    ReportData,
+    channel_colours,
+    embedding_map,
+    heatmaps,
+    layout,
+    moa_similarity,
+    render,
+    typical_cells,
+)
+from screening.report import clips as film
+from screening.report import groups as styles
+from screening.report.points import point_map
 from screening.splits import TESTS
 
-HOSTILE = '<script>alert("x")</script>&\'"<img src=http://evil.example/x>$\\frac{'
+HOSTILE = '</script><script>alert("x")</script>&\'"<img src=http://evil.example/x>$\\frac{'
 SECTIONS = (
     "summary",
     "notes",
@@ -29,6 +44,9 @@ SECTIONS = (
     "map",
     "tests",
     "confusion",
+    "similarity",
+    "activity",
+    "predictions",
     "retrieval",
     "examples",
     "counts",
@@ -45,6 +63,7 @@ class Page(HTMLParser):
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.text: list[str] = []
         self.open: list[str] = []
+        self.scripts: dict[str | None, str] = {}
         self.feed(text)
         self.close()
         assert not self.open, f"never closed: {self.open}"
@@ -63,8 +82,15 @@ class Page(HTMLParser):
         self.open.pop()
 
     def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] not in ("script", "style"):
+        if self.open and self.open[-1] == "script":
+            name = self.elements[-1][1].get("id")
+            self.scripts[name] = self.scripts.get(name, "") + data
+        elif self.open and self.open[-1] != "style":
             self.text.append(data)
+
+    def data(self, name: str) -> Any:
+        """What a block of JSON holds."""
+        return json.loads(self.scripts[name])
 
     def all(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.elements if name == tag]
@@ -89,6 +115,7 @@ def evaluation() -> dict[str, Any]:
         "n_left_out": {"queries_without_moa": 3},
         "cmc": [0.625, 0.75, 0.8],
         "cmc_chance": [0.125, 0.2, 0.3],
+        "roc": {"fpr": [0.0, 0.5, 1.0], "tpr": [0.25, 0.75, 1.0]},
         "confusion": {
             "moas": ["fission", "fusion", "unasked"],
             "compounds": [[1, 1, 0], [0, 2, 0], [0, 0, 0]],
@@ -133,6 +160,11 @@ def screen(compound: str = "drug A", n_rows: int = 2, n_columns: int = 3) -> Rep
         ),
         embedding_map=cells.assign(x=rng.normal(size=50), y=rng.normal(size=50)),
         evaluation={"compound": evaluation(), "replicate": evaluation()},
+        similarity=moa_similarity(rng.normal(size=(4, 5)), pd.Series(["fission", "fission", "fusion", None])),
+        activity=pd.DataFrame({"compound": [compound], "map": [0.75], "p": [0.0123], "active": [True]}),
+        consistency=pd.DataFrame({"moa": ["fission"], "map": [0.5]}),
+        controls=pd.DataFrame({"plate": ["p1"], "z_prime": [0.4]}),
+        predictions=pd.DataFrame({"compound": [compound], "moa": ["fusion"], "share": [0.8]}),
         retrieval=pd.DataFrame(
             {
                 "compound": [compound, compound],
@@ -143,14 +175,14 @@ def screen(compound: str = "drug A", n_rows: int = 2, n_columns: int = 3) -> Rep
                 "similarity": [0.91234567, -0.2],
             }
         ),
-        examples=[example(compound)],
+        examples=[example(compound), example("DMSO"), example(compound)],
         notes=["Only two compounds were screened."],
     )
 
 
-def example(title: str = "a cell", channels: tuple[str, ...] = ("nucleus", "mito")) -> Example:
+def example(compound: str = "drug A", channels: tuple[str, ...] = ("nucleus", "mito")) -> Example:
     clip = np.random.default_rng(1).integers(0, 255, (len(channels), 4, 16, 16), dtype=np.uint8)
-    return Example(title, "in well A02", clip, channel_colours(channels))
+    return Example(compound, "in well A02", clip, channel_colours(channels))
 
 
 def wide(n_mechanisms: int) -> ReportData:
@@ -192,6 +224,7 @@ def test_the_empty_screen_says_what_is_missing() -> None:
     page = Page(render(ReportData("Nothing yet")))
     assert [section["id"] for section in page.all("section")] == list(SECTIONS)
     assert not page.all("table")
+    assert not page.all("canvas")
     for sentence in (
         "This test could not be held; it needs enough compounds",
         "no plate can be drawn",
@@ -199,6 +232,9 @@ def test_the_empty_screen_says_what_is_missing() -> None:
         "No training was logged",
         "nothing to map",
         "no neighbours can be listed",
+        "No activity was computed",
+        "No mechanism was predicted",
+        "no profiles of compounds of known mechanism",
         "No cell was kept",
     ):
         assert sentence in page.words
@@ -206,7 +242,7 @@ def test_the_empty_screen_says_what_is_missing() -> None:
 
 @pytest.mark.parametrize("part", [f.name for f in dataclasses.fields(ReportData) if f.name != "title"])
 def test_any_part_can_be_missing(part: str) -> None:
-    empty = getattr(ReportData(""), part)
+    empty = {"mapped": "well"}.get(part, getattr(ReportData(""), part))
     page = Page(render(dataclasses.replace(screen(), **{part: empty})))
     assert [section["id"] for section in page.all("section")] == list(SECTIONS)
 
@@ -220,18 +256,20 @@ def test_nothing_is_loaded_from_outside() -> None:
                 assert value.startswith("#" if tag in ("a", "use") else ("data:image/", "#"))
     assert not re.search(r"url\((?!#)", text)
     assert "@import" not in text
-    assert "http://" not in text
-    assert "https://" not in text
+    addresses = set(re.findall(r"https?://[^\s\"']+", text))
+    assert addresses == {"http://www.w3.org/2000/svg"}, "the name of a language, which nothing is loaded from"
 
 
-def test_only_the_pages_own_script_may_run() -> None:
-    text = render(screen(HOSTILE))
+@pytest.mark.parametrize("live", [False, True])
+def test_only_the_pages_own_script_may_run(live: bool) -> None:
+    text = render(screen(HOSTILE), live=live)
     (script,) = re.findall(r"<script>(.*?)</script>", text, flags=re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = Page(text).all("meta")[1]["content"]
     assert policy is not None
     assert "default-src 'none'" in policy
     assert f"script-src 'sha256-{digest}'" in policy
+    assert ("connect-src" in policy) == live
 
 
 def test_hostile_text_is_escaped_everywhere() -> None:
@@ -247,10 +285,18 @@ def test_hostile_text_is_escaped_everywhere() -> None:
         embedding_map=data.embedding_map.assign(plate=HOSTILE, moa=HOSTILE),
         evaluation={"compound": evaluation() | {"note": HOSTILE, "contrasts": {HOSTILE: {}}}},
         notes=[HOSTILE],
+        activity=pd.DataFrame({HOSTILE: [HOSTILE]}),
+        predictions=pd.DataFrame({HOSTILE: [HOSTILE]}),
+        similarity=pd.DataFrame([[1.0]], index=[HOSTILE], columns=[HOSTILE]),
+        plate_measures={"n_cells": HOSTILE},
         examples=[example(HOSTILE, (HOSTILE,))],
     )
     page = Page(render(data))
-    assert len(page.all("script")) == 1
+    kinds = [script.get("type") for script in page.all("script")]
+    assert kinds == ["application/json", "application/json", "application/json", None, "text/plain"]
+    assert HOSTILE in page.data("plates-data")["measures"][0]["label"]
+    assert HOSTILE in page.data("map-data")["wells"][0]
+    assert {HOSTILE} <= {compound["name"] for compound in page.data("gallery-data")["compounds"]}
     assert all((image["src"] or "").startswith("data:") for image in page.all("img"))
     assert page.words.count('<script>alert("x")</script>') > 10
 
@@ -331,15 +377,15 @@ def test_numbers_are_read_rounded_and_downloaded_in_full() -> None:
     ],
 )
 def test_a_plate_is_the_smallest_that_holds_its_wells(wells: list[str], shape: tuple[int, int]) -> None:
-    assert report._plate_shape(report._well_positions(wells)) == shape
+    assert heatmaps.plate_shape(heatmaps.well_positions(wells)) == shape
 
 
 def test_well_positions() -> None:
-    assert report._well_positions(["A01", "B7", "AA1"]) == [(0, 0), (1, 6), (26, 0)]
-    assert [report._row_name(i) for i in (0, 25, 26, 51, 52, 701)] == [*("A", "Z", "AA", "AZ", "BA", "ZZ")]
-    named_and_not = report._well_positions(["A1", "left", "right"])
+    assert heatmaps.well_positions(["A01", "B7", "AA1"]) == [(0, 0), (1, 6), (26, 0)]
+    assert [heatmaps.row_name(i) for i in (0, 25, 26, 51, 52, 701)] == [*("A", "Z", "AA", "AZ", "BA", "ZZ")]
+    named_and_not = heatmaps.well_positions(["A1", "left", "right"])
     assert named_and_not == [(0, 0), (2, 0), (2, 1)]
-    assert len(set(report._well_positions([f"position {i}" for i in range(30)]))) == 30
+    assert len(set(heatmaps.well_positions([f"position {i}" for i in range(30)]))) == 30
 
 
 def test_ragged_plates_and_unmeasured_wells_are_drawn() -> None:
@@ -347,55 +393,101 @@ def test_ragged_plates_and_unmeasured_wells_are_drawn() -> None:
     wells = data.plate_maps.drop(index=[1, 4]).reset_index(drop=True)
     wells.loc[0, "n_cells"] = None
     text = render(dataclasses.replace(data, plate_maps=wells))
-    titles = re.findall(r"<title>([^<]*)</title><!--|<g><title>([^<]*)</title>", text)
-    assert len(titles) == 2 * len(wells)
-    assert text.count('class="unmeasured"') == 1
-    assert "A01: DMSO, negative control, not measured" in text
-    assert "B03: drug A, 0.5 uM, fusion, 12 cells" in text
+    page = Page(text)
+    drawn = [cell for cell in page.all("td") if "title" in cell]
+    assert len(drawn) == 2 * len(wells)
+    assert [cell.get("class") for cell in drawn].count("unmeasured") == 1
+    assert len([cell for cell in page.all("td") if cell.get("class") == "none"]) == 2 * 2
+    titles = {cell["title"] for cell in drawn}
+    assert "A01: DMSO, negative control, not measured" in titles
+    assert "B03: drug A, 0.5 uM, fusion, 12 cells" in titles
+
+
+def test_plates_can_be_coloured_by_every_measure_on_one_scale() -> None:
+    data = screen()
+    wells = data.plate_maps.assign(bad_frames=np.linspace(0.25, 0.75, 12), activity=[None, *range(-5, 6)])
+    measures = {"n_cells": "cells", "bad_frames": "bad frames", "activity": "activity", "absent": "nothing"}
+    page = Page(render(dataclasses.replace(data, plate_maps=wells, plate_measures=measures)))
+    cells, bad, activity = page.data("plates-data")["measures"]
+    assert (cells["label"], cells["low"], cells["high"]) == ("cells", "0", "12")
+    assert (bad["low"], bad["high"], bad["shades"][0], bad["shades"][-1]) == ("0.25", "0.75", 0, 63)
+    assert bad["texts"][0] == ".25"
+    assert (activity["shades"][:2], activity["texts"][:2]) == ([None, 0], ["", "-5"])
+    assert [option["value"] for option in page.all("option")][3:6] == ["0", "1", "2"]
 
 
 def test_mechanisms_are_told_apart_by_colour_marker_and_number() -> None:
-    groups = report._groups([f"m{i}" for i in range(42)] + [report.CONTROL, report.UNKNOWN])
+    groups = styles.groups([f"m{i}" for i in range(84)] + [styles.CONTROL, styles.UNKNOWN])
     known = [group for label, group in groups.items() if label.startswith("m")]
     assert list(groups)[:3] == ["m0", "m1", "m2"]
-    assert len({(g.colour, g.marker) for g in known if g.colour != report.NEUTRAL}) == 42
-    assert len({group.code for group in groups.values()}) == 44
+    assert len({(g.colour, g.marker) for g in known if g.colour != styles.NEUTRAL}) == 84
+    assert len({group.code for group in groups.values()}) == 86
+    assert len({group.colour for group in known[:12]}) == 12
 
 
 def test_more_mechanisms_than_styles_share_one_that_says_so() -> None:
-    words = Page(render(wide(60))).words
-    assert report.OTHER in words
-    assert "mechanism 41" in words
+    words = Page(render(wide(100))).words
+    assert styles.OTHER in words
+    assert "mechanism 83" in words
 
 
-@pytest.mark.parametrize("colour", [*report.PALETTE, report.NEUTRAL])
+# Machado, Oliveira & Fernandes 2009, severity 1, on linear RGB.
+BLINDNESS = {
+    "none": np.eye(3),
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
+}
+
+
+@pytest.mark.parametrize("vision", BLINDNESS)
+def test_colours_differ_to_every_vision(vision: str) -> None:
+    shown = np.array([to_rgb(colour) for colour in (*styles.PALETTE, styles.NEUTRAL)])
+    linear = np.where(shown <= 0.04045, shown / 12.92, ((shown + 0.055) / 1.055) ** 2.4)
+    seen = np.clip(linear @ np.asarray(BLINDNESS[vision]).T, 0, 1)
+    lab = rgb2lab(np.where(seen <= 0.0031308, 12.92 * seen, 1.055 * seen ** (1 / 2.4) - 0.055))
+    difference = deltaE_ciede2000(lab[:, None], lab[None])
+    assert difference[~np.eye(len(lab), dtype=bool)].min() > 12
+    luminance = linear @ [0.2126, 0.7152, 0.0722]
+    assert (1.05 / (luminance + 0.05)).min() >= 2
+    dark = 0.0137  # of the dark page's cards
+    assert ((luminance + 0.05) / (dark + 0.05)).min() >= 2
+
+
+@pytest.mark.parametrize("colour", [*styles.PALETTE, styles.NEUTRAL, *heatmaps.SCALE[::9]])
 def test_text_on_wells_is_readable(colour: str) -> None:
     def luminance(hexadecimal: str) -> float:
         channels = [int(hexadecimal[i : i + 2], 16) / 255 for i in (1, 3, 5)]
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
-    pair = sorted((luminance(colour), luminance(report._ink_on(colour))))
+    pair = sorted((luminance(colour), luminance(styles.ink_on(colour))))
     assert (pair[1] + 0.05) / (pair[0] + 0.05) >= 4.5
 
 
 # --- Clips ---------------------------------------------------------------------------------------
 
 
-def decode(uri: str | None) -> Image.Image:
-    assert uri is not None
-    return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
-
-
 @pytest.mark.parametrize("channels", [("one",), ("a", "b"), ("a", "b", "c"), tuple("abcde")])
-def test_clips_move_and_have_a_still_for_those_who_want_none(channels: tuple[str, ...]) -> None:
+def test_clips_are_film_strips_that_stand_in_the_page(channels: tuple[str, ...]) -> None:
     data = ReportData("x", examples=[example(channels=channels)])
     page = Page(render(data))
-    (moving,), (still,) = page.all("img"), page.all("source")
-    assert decode(moving["src"]).n_frames == 4  # type: ignore[attr-defined]
-    assert getattr(decode(still["srcset"]), "n_frames", 1) == 1
-    assert still["media"] == "(prefers-reduced-motion: reduce), print"
+    (clip,) = page.data("gallery-data")["clips"]
+    assert (clip["frames"], clip["width"], clip["height"]) == (4, 16, 16)
+    strip = Image.open(io.BytesIO(base64.b64decode(page.scripts["clip-0"])))
+    assert (strip.format, strip.size) == ("WEBP", (64, 16))
     assert set(channels) <= set(page.words.split())
+
+
+def test_frames_of_a_strip_are_in_order_and_reduced() -> None:
+    levels = np.linspace(0, 255, 60, dtype=np.uint8)
+    clip = np.broadcast_to(levels[None, :, None, None], (1, 60, 200, 100))
+    strip = film.film_strip(Example("x", "", clip, {"a": "#ffffff"}), {"a": 255.0})
+    assert (strip.frames, strip.width, strip.height) == (film.CLIP_FRAMES, 48, film.CLIP_SIDE)
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(strip.strip))).convert("L"), dtype=int)
+    of_frame = pixels.reshape(strip.height, strip.frames, strip.width).mean(axis=(0, 2))
+    assert (np.diff(of_frame) > 0).all()
+    assert (of_frame[0] < 3, of_frame[-1] > 252) == (True, True)
 
 
 def test_channels_are_added_in_their_colours() -> None:
@@ -403,7 +495,7 @@ def test_channels_are_added_in_their_colours() -> None:
     clip[0, 0, 0, 0] = 50
     clip[1, 0, 0] = 100
     shown = Example("", "", clip, {"a": "#ff0000", "b": "#0000ff"})
-    frames = report._composite(shown, {"a": 100.0, "b": 100.0})
+    frames = film.composite(shown, {"a": 100.0, "b": 100.0})
     expected = [[[128, 0, 255], [0, 0, 255]], [[0, 0, 0], [0, 0, 0]]]
     np.testing.assert_array_equal(frames[0], expected)
 
@@ -412,25 +504,105 @@ def test_brightness_is_shared_so_clips_compare() -> None:
     dim, bright = (
         Example("", "", np.full((1, 1, 8, 8), level, dtype=np.uint8), {"a": "#ffffff"}) for level in (20, 200)
     )
-    brightest = report._brightest([dim, bright])
+    brightest = film.brightness([dim, bright])
     assert brightest == {"a": 200.0}
-    assert report._composite(dim, brightest).max() == round(255 * 20 / 200)
+    assert film.composite(dim, brightest).max() == round(255 * 20 / 200)
     black = Example("", "", np.zeros((1, 1, 8, 8), dtype=np.uint8), {"a": "#ffffff"})
-    assert report._composite(black, report._brightest([black])).max() == 0
+    assert film.composite(black, film.brightness([black])).max() == 0
 
 
-def test_clips_beyond_the_budget_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "CLIP_BUDGET", 10_000)
-    page = Page(render(ReportData("x", examples=[example() for _ in range(40)])))
-    shown = len(page.all("img"))
-    assert 0 < shown < 40
-    assert f"{40 - shown} more clips are left out" in page.words
+def test_the_budget_of_clips_is_shared_evenly_and_what_is_left_out_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = [example(compound) for compound in "abcde" for _ in range(8)]
+    size = len(film.film_strips(examples[:1])[0][0].strip)
+    monkeypatch.setattr(film, "CLIP_BUDGET", 12 * size)
+    page = Page(render(ReportData("x", examples=examples)))
+    shown = [len(compound["clips"]) for compound in page.data("gallery-data")["compounds"]]
+    assert shown == [3, 3, 2, 2, 2]
+    assert "28 more clips are left out" in page.words
 
 
-def test_a_384_well_screen_stays_an_attachment() -> None:
-    data = screen(n_rows=16, n_columns=24)
-    assert len(render(data)) < 5_000_000
-    assert report.CLIP_BUDGET < 20_000_000
+# --- The gallery ---------------------------------------------------------------------------------
+
+
+def test_typical_cells_are_the_medoid_and_those_nearest_to_it() -> None:
+    embeddings = np.random.default_rng(0).normal(size=(40, 6)) + 1
+    unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+    distance = np.array([[1 - float(np.dot(a, b)) for b in unit] for a in unit])
+    medoid = int(distance.sum(axis=1).argmin())
+    assert typical_cells(embeddings, 5).tolist() == np.argsort(distance[medoid])[:5].tolist()
+    assert typical_cells(embeddings, 1).tolist() == [medoid]
+    assert typical_cells(embeddings[:2], 5).size == 2
+    assert typical_cells(embeddings[:0], 5).size == 0
+
+
+def test_the_gallery_shows_neighbours_in_order_and_controls_last() -> None:
+    compounds = Page(render(screen())).data("gallery-data")["compounds"]
+    assert [compound["name"] for compound in compounds] == ["drug A", "drug B", "drug C", "DMSO"]
+    drug, _, _, dmso = compounds
+    assert drug["near"] == [[1, 0.912], [2, -0.2]]
+    assert (drug["moa"], drug["clips"]) == ("fission", [0, 2])
+    assert (dmso["moa"], dmso["control"], dmso["clips"]) == ("negative control", True, [1])
+
+
+# --- Mechanisms and the map ----------------------------------------------------------------------
+
+
+def test_similarity_of_mechanisms_is_the_mean_over_pairs_of_compounds() -> None:
+    profiles = np.random.default_rng(0).normal(size=(9, 5))
+    moa = pd.Series(["b", "a", "b", None, "a", "c", "b", "a", None])
+    found = moa_similarity(profiles, moa)
+    assert list(found.index) == list(found.columns) == ["a", "b", "c"]
+    for one in "abc":
+        for other in "abc":
+            pairs = [
+                np.dot(p, q) / np.linalg.norm(p) / np.linalg.norm(q)
+                for i, p in enumerate(profiles)
+                for j, q in enumerate(profiles)
+                if i != j and moa[i] == one and moa[j] == other
+            ]
+            expected = np.mean(pairs) if pairs else np.nan
+            np.testing.assert_allclose(found.loc[one, other], expected, atol=1e-12)
+    assert moa_similarity(profiles, pd.Series([None] * 9)).empty
+
+
+def test_the_map_holds_every_point_where_it_lies() -> None:
+    cells = screen().embedding_map.assign(replicate="1").reset_index(drop=True)
+    labels = styles.groups(styles.mechanisms(cells, {"DMSO"}))
+    found = point_map(cells, labels, {"DMSO"})
+    assert found is not None
+    x, y = (np.frombuffer(base64.b64decode(found.points[axis]), "<u2") / 65535 for axis in "xy")
+    of = np.frombuffer(base64.b64decode(found.points["well"]), "<u4")
+    assert {(x.min(), x.max()), (y.min(), y.max())} >= {(0.0, 1.0)}
+    rows = sorted((round(a, 4), round(1 - b, 4), *found.wells[w][:3]) for a, b, w in zip(x, y, of, strict=True))
+    low, width = cells[["x", "y"]].min(), float((cells[["x", "y"]].max() - cells[["x", "y"]].min()).max())
+    shift = (width - (cells[["x", "y"]].max() - low)) / 2
+    scaled = (cells[["x", "y"]] - low + shift) / width
+    names = cells[["plate", "well", "compound"]].itertuples(index=False, name=None)
+    wanted = sorted((a, b, *name) for (a, b), name in zip(scaled.to_numpy(), names, strict=True))
+    assert [row[2:] for row in rows] == [row[2:] for row in wanted]
+    np.testing.assert_allclose([row[:2] for row in rows], [row[:2] for row in wanted], atol=2e-4)
+    # One replicate tells nothing that the plates do not.
+    assert [colouring.name for colouring in found.colourings] == ["mechanism", "plate"]
+
+
+def test_the_map_says_in_words_how_often_neighbours_share_a_label() -> None:
+    rng = np.random.default_rng(0)
+    apart = np.repeat([[0.0, 0.0], [100.0, 0.0]], 40, axis=0) + rng.normal(size=(80, 2))
+    cells = pd.DataFrame(
+        {
+            "x": apart[:, 0],
+            "y": apart[:, 1],
+            "compound": ["a"] * 40 + ["b"] * 40,
+            "moa": ["m"] * 40 + ["n"] * 40,
+            "plate": "p",
+            "well": ["A1"] * 40 + ["A2"] * 40,
+        }
+    )
+    found = point_map(cells, styles.groups(["m", "n"]), set())
+    assert found is not None
+    assert found.colourings[0].words.startswith("Of the 15 points nearest to a point, 100% share its mechanism;")
+    assert "50% would" in found.colourings[0].words
+    assert found.colourings[1].words == "All points are of one plate."
 
 
 # --- The embedding map ---------------------------------------------------------------------------
@@ -453,7 +625,7 @@ def test_the_map_is_the_same_again() -> None:
 
 @pytest.mark.parametrize("fitted", [2000, 60])
 def test_neighbours_stay_neighbours(fitted: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "MAX_FITTED", fitted)
+    monkeypatch.setattr(layout, "MAX_FITTED", fitted)
     embeddings, label = clusters(150)
     placed = embedding_map(embeddings, np.random.default_rng(0))
     distance = np.linalg.norm(placed[:, None] - placed[None], axis=2)

@@ -60,7 +60,7 @@ def test_wheel_holds_every_file_of_the_packages_and_no_other(wheel: Path) -> Non
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert held == ours
-    assert "screening/templates/report.html.j2" in held
+    assert "screening/report/templates/report.css" in held
 
 
 def test_command_starts_from_the_wheel(installed: Path) -> None:
