@@ -175,7 +175,9 @@ class BatchStream:
         Raises:
             TrainingError: if the cluster has no room for them.
         """
-        actor = ray.remote(num_cpus=READER_CPUS, max_restarts=-1, max_task_retries=-1)(BatchReader)
+        # SPREAD also keeps readers out of the placement group of a worker or a trial, which has no room for them.
+        where = {"num_cpus": READER_CPUS, "scheduling_strategy": "SPREAD"}
+        actor = ray.remote(**where, max_restarts=-1, max_task_retries=-1)(BatchReader)
         shared = ray.put(sources)
         self._readers = [actor.remote(shared, config, cache_bytes) for _ in range(readers)]
         self._turns = cycle(self._readers)
