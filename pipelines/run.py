@@ -136,13 +136,13 @@ def _check_settings(config: RunConfig, inputs: Inputs) -> None:
         near = suggest(moa, known)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {sorted(known)[:10]}"
         raise ConfigError(f"evaluation.contrasts: no compound on these plates has the MOA {moa!r}; {hint}")
-    if config.profiles.normalise.method == "controls":
+    if config.profiles.needs_controls:
         controlled = set(inputs.plate_map.loc[inputs.plate_map["role"] == "negative_control", "plate"])
         without = sorted(set(inputs.plate_map["plate"]) - controlled)
         if without:
             raise ConfigError(
                 f"{inputs.plate_map_url}: plate(s) {without[:5]} have no well of the role negative_control to "
-                "normalise profiles to; name them, or set profiles.normalise.method to plate or none"
+                "normalise profiles to; name them, or set profiles.recipe.reference=plate or profiles.recipe.method=raw"
             )
 
 

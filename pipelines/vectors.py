@@ -18,10 +18,13 @@ from storage_schemas.tables import (
     COMPOUNDS,
     METADATA_PREFIX,
     PLATE_MAP,
+    column_names,
     compound_profiles_form,
     embeddings_form,
     open_table,
+    open_vectors,
     raw_profiles_form,
+    treatment_profiles_form,
     vector_dimension,
     well_profiles_form,
 )
@@ -45,41 +48,47 @@ def read_embeddings(screen: Screen, wells: Sequence[WellKey]) -> tuple[pd.DataFr
 
 
 def read_profiles(
-    screen: Screen, level: Literal["well", "compound"] = "well", processed: bool = True
+    screen: Screen, level: Literal["well", "treatment", "compound"] = "well", processed: bool = True
 ) -> tuple[pd.DataFrame, npt.NDArray[np.float32]]:
     """Profiles, and all that is known of what they are of, of a screen that was run or whose profiles were imported.
 
     Args:
         screen: with profiles.
-        level: of wells, or of compounds.
+        level: of wells, of treatments (``profiles.treatment``) or of compounds.
         processed: after the recipe of the screen's configuration (``profiles``); else wells as they were summed up from
             cells or imported, whose values may be NaN.
 
     Returns:
         plate, well, compound, role, concentration, unit, replicate, moa, target, n_cells, and every further column that
-        was imported, a row a profile; missing ones are None or NaN. Of compounds those hold what all its wells share,
-        beside n_wells. And the (n, D) profiles in the same order.
+        was imported, a row a profile; missing ones are None or NaN. Of treatments and compounds those hold what all
+        their wells share, beside n_wells. And the (n, D) profiles in the same order.
 
     Raises:
         SchemaError: if there are no profiles.
-        InputError: for compounds that are not processed.
+        InputError: for treatments or compounds that are not processed.
     """
-    if level == "compound" and not processed:
-        raise InputError("profiles of compounds are made of processed wells; ask for processed ones, or for wells")
+    if level != "well" and not processed:
+        raise InputError(f"profiles of {level}s are made of processed wells; ask for processed ones, or for wells")
     raw_url = screen.profiles("raw")
     if not store.exists(raw_url):
         raise SchemaError(screen.url, "has no profiles: run the stage `index` first, or import some")
-    raw = open_table(raw_url, raw_profiles_form(vector_dimension(raw_url, "profile")))
-    metadata = _metadata(screen, raw.drop_columns("profile").to_pandas())
+    form = raw_profiles_form(vector_dimension(raw_url, "profile"))
     if not processed:
-        return metadata, vectors(raw["profile"])
+        table, values = open_vectors(raw_url, form, "profile")
+        return _metadata(screen, table.to_pandas()), values
+    further = [name for name in column_names(raw_url) if name.startswith(METADATA_PREFIX)]
+    wells = open_table(raw_url, form, ["plate", "well", "n_cells", *further]).to_pandas()
+    metadata = _metadata(screen, wells)
     url = screen.profiles(level)
-    form = well_profiles_form if level == "well" else compound_profiles_form
-    table = open_table(url, form(vector_dimension(url, "profile")))
-    if level == "compound":
-        metadata = table.select(["compound", "n_wells"]).to_pandas().merge(_shared(metadata, "compound"), on="compound")
-    assert len(metadata) == len(table), "raw and processed profiles are written together"
-    return metadata, vectors(table["profile"])
+    table, values = open_vectors(url, _FORMS[level](vector_dimension(url, "profile")), "profile")
+    if level != "well":
+        keys = ["compound", *(n.removeprefix(METADATA_PREFIX) for n in table.column_names if n.startswith("metadata_"))]
+        metadata = _shared(metadata, keys).assign(n_wells=table["n_wells"].to_numpy())
+    assert len(metadata) == len(values), "raw and processed profiles are written together"
+    return metadata, values
+
+
+_FORMS = {"well": well_profiles_form, "treatment": treatment_profiles_form, "compound": compound_profiles_form}
 
 
 def _metadata(screen: Screen, wells: pd.DataFrame) -> pd.DataFrame:
@@ -93,12 +102,12 @@ def _metadata(screen: Screen, wells: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([known, wells[["n_cells", *further]].rename(columns=further)], axis=1)
 
 
-def _shared(wells: pd.DataFrame, key: str) -> pd.DataFrame:
+def _shared(wells: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     """A row a key: of each column what all its wells have in common, missing where they differ; cells are added up."""
-    groups = wells.groupby(key, sort=True)
+    groups = wells.groupby(keys, sort=True, dropna=False)
     same = groups.nunique(dropna=False) == 1
     shared = groups.first().where(same)
-    return shared.assign(n_cells=groups["n_cells"].sum(min_count=1)).reset_index()
+    return shared.assign(n_cells=groups["n_cells"].sum(min_count=1)).reset_index()[list(wells.columns)]
 
 
 def vectors(column: pa.ChunkedArray) -> npt.NDArray[np.float32]:

@@ -167,8 +167,8 @@ class Screen:
         """A well's embeddings; the file that commits a unit of `embed`."""
         return self._path("embeddings", well.plate, f"{well.well}.parquet")
 
-    def profiles(self, table: Literal["raw", "well", "compound", "normalisation"]) -> str:
-        """Profiles of wells before and after normalisation or of compounds, or what they were normalised by."""
+    def profiles(self, table: Literal["raw", "well", "treatment", "compound", "features", "normalisation"]) -> str:
+        """Profiles before and after their recipe, their features, or what they were normalised by."""
         return self._path("profiles", f"{table}.parquet")
 
     @property

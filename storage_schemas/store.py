@@ -10,8 +10,10 @@ import io
 import json
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec
 import numpy as np
@@ -103,13 +105,25 @@ def write_bytes(url: str, data: bytes) -> None:
     if not isinstance(fs, LocalFileSystem):
         fs.pipe_file(path, data)
         return
+    with open_new(url) as file:
+        file.write(data)
+
+
+@contextmanager
+def open_new(url: str) -> Iterator[BinaryIO]:
+    """A file to write piece by piece; a reader sees the old content until it is closed without an error."""
+    fs, path = filesystem(url)
+    if not isinstance(fs, LocalFileSystem):
+        with fs.transaction, fs.open(path, "wb") as file:
+            yield file
+        return
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target, so that the rename stays on one file system; unique, so that two writers never share it.
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
     try:
         with temporary.open("wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)

@@ -9,12 +9,14 @@ from __future__ import annotations
 import gzip
 import io
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from storage_schemas import store
 from storage_schemas.errors import InputError, SchemaError
@@ -288,8 +290,24 @@ def well_profiles_form(dimension: int) -> TableForm:
     )
 
 
+def treatment_profiles_form(dimension: int) -> TableForm:
+    """A row a treatment; what its wells share beside the compound stands in columns such as ``metadata_time``."""
+    return TableForm(
+        "treatment_profiles",
+        1,
+        pa.schema(
+            [
+                ("compound", pa.string()),
+                ("n_wells", pa.int32()),
+                ("profile", pa.list_(pa.float32(), dimension)),
+            ]
+        ),
+        extra_prefix=METADATA_PREFIX,
+    )
+
+
 def compound_profiles_form(dimension: int) -> TableForm:
-    """A row a compound: how many wells and cells it had and the mean of its wells' profiles."""
+    """A row a compound: how many wells and cells it had and the consensus of its wells' profiles."""
     return TableForm(
         "compound_profiles",
         1,
@@ -305,20 +323,30 @@ def compound_profiles_form(dimension: int) -> TableForm:
     )
 
 
-def normalisation_form(dimension: int) -> TableForm:
-    """A row a plate: what was subtracted from its wells' profiles, and what they were divided by."""
-    return TableForm(
-        "normalisation",
-        1,
-        pa.schema(
-            [
-                ("plate", pa.string()),
-                ("n_reference", pa.int32()),  # wells that the plate was compared with
-                ("center", pa.list_(pa.float32(), dimension)),
-                ("scale", pa.list_(pa.float32(), dimension)),
-            ]
-        ),
-    )
+FEATURES = TableForm(
+    "features",
+    1,
+    pa.schema(
+        [
+            ("feature", pa.string()),  # in the order of the raw profiles
+            ("excluded", pa.string()),  # why the processed profiles are without it; empty where they are not
+        ]
+    ),
+)
+
+NORMALISATION = TableForm(
+    "normalisation",
+    2,
+    pa.schema(
+        [
+            ("step", pa.int32()),  # of the recipe, counted from 1
+            ("plate", pa.string()),
+            ("n_reference", pa.int32()),  # wells that the plate was compared with
+            ("center", pa.list_(pa.float32())),  # what was subtracted, a value a feature that was there
+            ("scale", pa.list_(pa.float32())),  # what was divided by
+        ]
+    ),
+)
 
 
 def write_table(url: str, table: pa.Table | pd.DataFrame, form: TableForm, fingerprint: str = "") -> None:
@@ -338,20 +366,77 @@ def write_table(url: str, table: pa.Table | pd.DataFrame, form: TableForm, finge
             table = pa.Table.from_pandas(table, preserve_index=False)
         except pa.ArrowException as error:
             raise SchemaError(url, f"a column of this {form.name} table has no one type: {error}") from error
-    table = _conform(url, table, form)
+    write_tables(url, [table], form, fingerprint)
+
+
+def write_tables(url: str, tables: Iterable[pa.Table], form: TableForm, fingerprint: str = "") -> int:
+    """Write parts of a table one after another, as :func:`write_table` does the whole; one is in memory at a time.
+
+    Returns:
+        How many rows.
+
+    Raises:
+        SchemaError: as :func:`write_table`; or if there is no part at all.
+    """
     mark = {"form": form.name, "version": form.version, "fingerprint": fingerprint}
-    table = table.replace_schema_metadata({_METADATA_KEY: json.dumps(mark).encode()})
-    sink = io.BytesIO()
-    # Dictionaries cost more than they save on vectors, and a fixed row group keeps readers' memory flat.
-    pq.write_table(
-        table,
-        sink,
-        compression="lz4",
-        row_group_size=20_000,
-        use_dictionary=[f.name for f in table.schema if pa.types.is_string(f.type)],
-        write_statistics=False,
-    )
-    store.write_bytes(url, sink.getvalue())
+    metadata = {_METADATA_KEY: json.dumps(mark).encode()}
+    rows = 0
+    with store.open_new(url) as file:
+        writer = None
+        for part in tables:
+            table = _conform(url, part, form).replace_schema_metadata(metadata)
+            if writer is None:
+                writer = pq.ParquetWriter(
+                    file,
+                    table.schema,
+                    compression="lz4",
+                    # Dictionaries cost more than they save on vectors.
+                    use_dictionary=[f.name for f in table.schema if pa.types.is_string(f.type)],
+                    write_statistics=False,
+                )
+            # A fixed row group keeps readers' memory flat.
+            writer.write_table(table, row_group_size=20_000)
+            rows += len(table)
+        if writer is None:
+            raise SchemaError(url, f"a {form.name} table of no parts cannot be written")
+        writer.close()
+    return rows
+
+
+def open_vectors(url: str, form: TableForm, column: str) -> tuple[pa.Table, NDArray[np.float32]]:
+    """Read a table whose vectors are large: they are filled into one array, row group by row group.
+
+    Args:
+        url: where it lies.
+        form: what it must look like, with ``column`` a fixed-size list of float32.
+        column: the vectors.
+
+    Returns:
+        The other columns, and (n, D) vectors.
+
+    Raises:
+        SchemaError: as :func:`open_table`.
+    """
+    fs, path = store.filesystem(url)
+    try:
+        with fs.open(path, "rb") as source:
+            file = pq.ParquetFile(source)
+            _check_mark(url, file.schema_arrow, form)
+            dimension = form.schema.field(column).type.list_size
+            values = np.empty((file.metadata.num_rows, dimension), np.float32)
+            others, start = [], 0
+            for group in range(file.num_row_groups):
+                table = _conform(url, file.read_row_group(group), form)
+                for chunk in table[column].chunks:
+                    flat = chunk.flatten().to_numpy(zero_copy_only=False)
+                    values[start : start + len(chunk)] = flat.reshape(len(chunk), dimension)
+                    start += len(chunk)
+                others.append(table.drop_columns(column))
+    except FileNotFoundError as error:
+        raise SchemaError(url, "no such file") from error
+    except (pa.ArrowException, OSError) as error:
+        raise SchemaError(url, f"is not a readable Parquet file of form {form.name!r} ({error})") from error
+    return pa.concat_tables(others), values
 
 
 def open_table(url: str, form: TableForm, columns: list[str] | None = None, fingerprint: str | None = None) -> pa.Table:
@@ -374,13 +459,7 @@ def open_table(url: str, form: TableForm, columns: list[str] | None = None, fing
         table = file.read(names).select(names)
     except (pa.ArrowException, OSError) as error:
         raise SchemaError(url, f"is not a readable Parquet file of form {form.name!r} ({error})") from error
-    mark = _mark(url, table)
-    if (mark.get("form"), mark.get("version")) != (form.name, form.version):
-        raise SchemaError(
-            url,
-            f"expected form {form.name!r} version {form.version}, found {mark.get('form')!r} version "
-            f"{mark.get('version')!r}",
-        )
+    mark = _check_mark(url, table.schema, form)
     if fingerprint is not None and mark.get("fingerprint") != fingerprint:
         raise SchemaError(url, "was written by another run: run its stage again")
     if columns is None:
@@ -389,6 +468,20 @@ def open_table(url: str, form: TableForm, columns: list[str] | None = None, fing
     if missing:
         raise SchemaError(url, f"has no columns {missing}")
     return table
+
+
+def column_names(url: str) -> list[str]:
+    """The columns of a Parquet table, read from the file's footer.
+
+    Raises:
+        SchemaError: if the file is missing or not Parquet.
+    """
+    fs, path = store.filesystem(url)
+    try:
+        with fs.open(path, "rb") as file:
+            return list(pq.read_schema(file).names)
+    except (FileNotFoundError, pa.ArrowInvalid, OSError) as error:
+        raise SchemaError(url, f"is not a readable Parquet file ({error})") from error
 
 
 def vector_dimension(url: str, column: str) -> int:
@@ -409,12 +502,19 @@ def vector_dimension(url: str, column: str) -> int:
     return int(kind.list_size)
 
 
-def _mark(url: str, table: pa.Table) -> dict[str, object]:
-    raw = (table.schema.metadata or {}).get(_METADATA_KEY)
+def _check_mark(url: str, schema: pa.Schema, form: TableForm) -> dict[str, object]:
+    """What a file says of itself, which must be the form that is expected."""
+    raw = (schema.metadata or {}).get(_METADATA_KEY)
     if raw is None:
         raise SchemaError(url, "was not written by screening (its mark is missing)")
     mark = json.loads(raw)
     assert isinstance(mark, dict)
+    if (mark.get("form"), mark.get("version")) != (form.name, form.version):
+        raise SchemaError(
+            url,
+            f"expected form {form.name!r} version {form.version}, found {mark.get('form')!r} version "
+            f"{mark.get('version')!r}",
+        )
     return mark
 
 

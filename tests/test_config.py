@@ -128,7 +128,7 @@ def test_printed_default_names_the_choices_of_each_union() -> None:
         ("train.epoch", "epochs"),
         ("train.optimizer.weight_dekay", "weight_decay"),
         ("train.optimizer.zzz", None),
-        ("profiles.normalize", "normalise"),
+        ("profiles.recip", "recipe"),
         ("evaluation.bootstraps", "n_bootstrap"),
         ("resources.gpus", "cpus"),
     ],
@@ -150,7 +150,7 @@ def test_misspelt_key_is_answered_with_the_nearest_right_one(key: str, meant: st
         ("segment.clips.scaling", "site", "lo", "low"),
         ("train.optimizer", "sgd", "momentun", "momentum"),
         ("train.schedule", "plateau", "patients", "patience"),
-        ("profiles.normalise", "controls", "min_well", "min_wells"),
+        ("profiles.recipe", "sphered", "regularization", "regularisation"),
     ],
 )
 def test_misspelt_key_inside_a_union_names_the_chosen_members_key(

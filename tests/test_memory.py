@@ -53,7 +53,7 @@ def write_screen(folder: Path, n_plates: int) -> Path:
             "clips": {"frames": 8, "window": {"method": "fixed"}},
         },
         "model": {"depth": 10, "stem_frames": 3},
-        "profiles": {"normalise": {"method": "plate"}},
+        "profiles": {"recipe": {"method": "standardised", "reference": "plate"}},
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
     return folder / "run.yaml"

@@ -195,7 +195,7 @@ def test_update_does_again_only_what_depends_on_the_change(
     untouched = (*PER_WELL, "calibration", "embeddings", "checkpoint", "train", "split.parquet", "evaluation.json")
     before, written = digests(screen_copy, *untouched), times(screen_copy, *untouched)
     profiles = digests(screen_copy, "profiles", "index")
-    changed = ("--set", "profiles.normalise.method=none", "--update")
+    changed = ("--set", "profiles.recipe.method=raw", "--update")
     done = command("run", small_screen / "run.yaml", "--out", screen_copy, *small_settings, *changed)
     assert done.code == 0
     redone = [stage for stage in STAGES if f"{stage}: done before" not in done.err]
@@ -205,7 +205,7 @@ def test_update_does_again_only_what_depends_on_the_change(
     assert now.keys() == profiles.keys()
     assert now["profiles/well.parquet"] != profiles["profiles/well.parquet"]
     manifest = Screen(str(screen_copy)).read_manifest()
-    assert manifest.config["profiles"]["normalise"]["method"] == "none"
+    assert manifest.config["profiles"]["recipe"]["method"] == "raw"
 
 
 def test_a_changed_title_is_a_new_report_of_the_same_results(

@@ -52,6 +52,8 @@ def paths(screen: Screen) -> dict[str, str]:
         screen.embeddings(B02): "embed: embeddings/plate 1/B02.parquet",
         screen.profiles("raw"): "index: profiles/raw.parquet",
         screen.profiles("well"): "index: profiles/well.parquet",
+        screen.profiles("treatment"): "index: profiles/treatment.parquet",
+        screen.profiles("features"): "index: profiles/features.parquet",
         screen.profiles("compound"): "index: profiles/compound.parquet",
         screen.profiles("normalisation"): "index: profiles/normalisation.parquet",
         screen.index: "index: index",

@@ -34,7 +34,9 @@ FORMS = [
     tables.raw_profiles_form(4),
     tables.well_profiles_form(4),
     tables.compound_profiles_form(4),
-    tables.normalisation_form(4),
+    tables.treatment_profiles_form(4),
+    tables.FEATURES,
+    tables.NORMALISATION,
 ]
 
 
