@@ -30,7 +30,7 @@ from storage_schemas import store
 from storage_schemas.clips import as_bytes, channel_names, open_clips, read_clips
 from storage_schemas.errors import InputError
 from storage_schemas.index import index_exists
-from storage_schemas.keys import WellKey
+from storage_schemas.keys import TrackKey, WellKey
 from storage_schemas.screen import Manifest, Screen
 from storage_schemas.tables import CELLS, COMPOUNDS, PLATE_MAP, QUALITY, TRAINING_METRICS, open_table
 
@@ -112,6 +112,21 @@ def collect(screen: Screen, notes: Sequence[str] = ()) -> ReportData:
             *(f"{failure.unit} failed: {failure.message}" for failure in screen.failures("embed")),
         ],
     )
+
+
+def read_example(screen: Screen, key: TrackKey) -> Example:
+    """A cell's clip.
+
+    Raises:
+        InputError: if the screen has no such cell, or no clip of it.
+    """
+    well = WellKey(key.plate, key.well)
+    cells = open_table(screen.cells(well), CELLS, ["site", "track", "clip"]).to_pandas()
+    here = (cells["site"] == key.site) & (cells["track"] == key.track) & cells["clip"].notna()
+    if not here.any():
+        raise InputError(f"{key}: the screen has no clip of this cell")
+    chosen = pd.DataFrame({"compound": [str(key)], "site": [key.site], "track": [key.track]})
+    return _read_examples(screen, well, chosen)[0]
 
 
 def read_quality(wells: Sequence[WellKey], screen: Screen) -> pd.DataFrame:

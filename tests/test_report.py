@@ -16,12 +16,13 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
+from reported import HOSTILE, evaluation, example, screen
 from skimage.color import deltaE_ciede2000, rgb2lab
 
 from screening.report import (
     Example,
+    Live,
     ReportData,
-    channel_colours,
     embedding_map,
     heatmaps,
     layout,
@@ -34,7 +35,6 @@ from screening.report import groups as styles
 from screening.report.points import point_map
 from screening.splits import TESTS
 
-HOSTILE = '</script><script>alert("x")</script>&\'"<img src=http://evil.example/x>$\\frac{'
 SECTIONS = (
     "summary",
     "notes",
@@ -100,91 +100,6 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.text).split())
 
 
-def evaluation() -> dict[str, Any]:
-    def metric(value: float, chance: float) -> dict[str, float]:
-        return {"value": value, "low": value - 0.125, "high": value + 0.125, "chance": chance}
-
-    return {
-        "rank1": metric(0.625, 0.125),
-        "rank5": metric(0.75, 0.25),
-        "map": metric(0.5, 0.125),
-        "accuracy": metric(0.5, 0.125),
-        "n_queries": 1234,
-        "n_compounds": 4,
-        "n_gallery": 900,
-        "n_left_out": {"queries_without_moa": 3},
-        "cmc": [0.625, 0.75, 0.8],
-        "cmc_chance": [0.125, 0.2, 0.3],
-        "roc": {"fpr": [0.0, 0.5, 1.0], "tpr": [0.25, 0.75, 1.0]},
-        "confusion": {
-            "moas": ["fission", "fusion", "unasked"],
-            "compounds": [[1, 1, 0], [0, 2, 0], [0, 0, 0]],
-            "neighbours": [[0.75, 0.25, 0.0], [0.5, 0.5, 0.0], None],
-        },
-        "note": None,
-        "contrasts": {"fission vs fusion": {"rank1": metric(0.75, 0.5)}},
-    }
-
-
-def screen(compound: str = "drug A", n_rows: int = 2, n_columns: int = 3) -> ReportData:
-    """A small screen in which every part is there."""
-    rng = np.random.default_rng(0)
-    wells = pd.DataFrame(
-        [
-            {
-                "plate": plate,
-                "well": f"{'ABCDEFGHIJKLMNOP'[row]}{column + 1:02d}",
-                "role": "negative_control" if column == 0 else "treatment",
-                "compound": "DMSO" if column == 0 else compound,
-                "concentration": None if column == 0 else 0.5,
-                "unit": "uM",
-                "moa": None if column == 0 else ("fission", "fusion")[row % 2],
-                "n_cells": float(10 * row + column),
-            }
-            for plate in ("p1", "p2")
-            for row in range(n_rows)
-            for column in range(n_columns)
-        ]
-    )
-    cells = wells[["compound", "moa", "plate", "well"]].sample(50, replace=True, random_state=0)
-    return ReportData(
-        title="A small screen",
-        provenance={"version": "1.0", "config": {"seed": 1}},
-        counts=pd.DataFrame({"stage": ["segment"], "in": [1200], "out": [1000], "reasons": [{"border": 200}]}),
-        plate_maps=wells,
-        quality=pd.DataFrame({"plate": ["p1", "p2"], "sites": [4, 4], "frames": [32, 32], "bad": [0.0, 0.125]}),
-        quality_limits=pd.DataFrame({"plate": ["p1"], "channel": ["nucleus"], "soft_below": [0.0123]}),
-        bad_sites=pd.DataFrame({"site": ["p2/A01/0"], "outcome": ["failed"], "reason": ["unreadable"], "what": ["x"]}),
-        training=pd.DataFrame(
-            {"phase": ["train"] * 3, "epoch": [1, 2, 3], "loss": [3.0, 2.0, 1.5], "lr": [0.1, 0.1, 0]}
-        ),
-        embedding_map=cells.assign(x=rng.normal(size=50), y=rng.normal(size=50)),
-        evaluation={"compound": evaluation(), "replicate": evaluation()},
-        similarity=moa_similarity(rng.normal(size=(4, 5)), pd.Series(["fission", "fission", "fusion", None])),
-        activity=pd.DataFrame({"compound": [compound], "map": [0.75], "p": [0.0123], "active": [True]}),
-        consistency=pd.DataFrame({"moa": ["fission"], "map": [0.5]}),
-        controls=pd.DataFrame({"plate": ["p1"], "z_prime": [0.4]}),
-        predictions=pd.DataFrame({"compound": [compound], "moa": ["fusion"], "share": [0.8]}),
-        retrieval=pd.DataFrame(
-            {
-                "compound": [compound, compound],
-                "moa": ["fission", "fission"],
-                "rank": [1, 2],
-                "neighbour": ["drug B", "drug C"],
-                "neighbour_moa": ["fission", None],
-                "similarity": [0.91234567, -0.2],
-            }
-        ),
-        examples=[example(compound), example("DMSO"), example(compound)],
-        notes=["Only two compounds were screened."],
-    )
-
-
-def example(compound: str = "drug A", channels: tuple[str, ...] = ("nucleus", "mito")) -> Example:
-    clip = np.random.default_rng(1).integers(0, 255, (len(channels), 4, 16, 16), dtype=np.uint8)
-    return Example(compound, "in well A02", clip, channel_colours(channels))
-
-
 def wide(n_mechanisms: int) -> ReportData:
     """A screen of as many mechanisms, one well each, on one 384-well plate."""
     moas = [f"mechanism {i}" for i in range(n_mechanisms)]
@@ -193,11 +108,17 @@ def wide(n_mechanisms: int) -> ReportData:
     return ReportData("wide", plate_maps=frame.assign(role="treatment", n_cells=5))
 
 
+@pytest.fixture(scope="module")
+def whole() -> str:
+    """The page of a screen in which every part is there; drawing it costs the most."""
+    return render(screen())
+
+
 # --- The page ------------------------------------------------------------------------------------
 
 
-def test_every_section_is_there_and_labelled() -> None:
-    page = Page(render(screen()))
+def test_every_section_is_there_and_labelled(whole: str) -> None:
+    page = Page(whole)
     sections = page.all("section")
     assert [section["id"] for section in sections] == list(SECTIONS)
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
@@ -247,8 +168,8 @@ def test_any_part_can_be_missing(part: str) -> None:
     assert [section["id"] for section in page.all("section")] == list(SECTIONS)
 
 
-def test_nothing_is_loaded_from_outside() -> None:
-    text = render(screen())
+def test_nothing_is_loaded_from_outside(whole: str) -> None:
+    text = whole
     for tag, attributes in Page(text).elements:
         for name in ("src", "srcset", "href", "data", "action", "poster", "xlink:href"):
             value = attributes.get(name)
@@ -262,7 +183,7 @@ def test_nothing_is_loaded_from_outside() -> None:
 
 @pytest.mark.parametrize("live", [False, True])
 def test_only_the_pages_own_script_may_run(live: bool) -> None:
-    text = render(screen(HOSTILE), live=live)
+    text = render(screen(HOSTILE), live=Live(1000, ("compound", "well"), (HOSTILE,)) if live else None)
     (script,) = re.findall(r"<script>(.*?)</script>", text, flags=re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = Page(text).all("meta")[1]["content"]
@@ -301,8 +222,8 @@ def test_hostile_text_is_escaped_everywhere() -> None:
     assert page.words.count('<script>alert("x")</script>') > 10
 
 
-def test_tables_have_captions_and_scopes_and_figures_have_texts() -> None:
-    page = Page(render(screen()))
+def test_tables_have_captions_and_scopes_and_figures_have_texts(whole: str) -> None:
+    page = Page(whole)
     assert len(page.all("caption")) == len(page.all("table"))
     assert all("scope" in head for head in page.all("th"))
     assert all(image.get("alt") for image in page.all("img"))
@@ -314,8 +235,8 @@ def test_tables_have_captions_and_scopes_and_figures_have_texts() -> None:
 # --- Its parts -----------------------------------------------------------------------------------
 
 
-def test_the_headline_is_a_sentence_with_interval_and_chance() -> None:
-    words = Page(render(screen())).words
+def test_the_headline_is_a_sentence_with_interval_and_chance(whole: str) -> None:
+    words = Page(whole).words
     assert "For 62% of the cells (95% interval 50% to 75%)" in words
     assert "guessing would give 12%" in words
     assert "5.0 times chance, and the interval lies above chance" in words
@@ -354,8 +275,8 @@ def test_an_empty_test_says_why() -> None:
     assert "nan" not in words.lower().split()
 
 
-def test_numbers_are_read_rounded_and_downloaded_in_full() -> None:
-    text = render(screen())
+def test_numbers_are_read_rounded_and_downloaded_in_full(whole: str) -> None:
+    text = whole
     assert '<td class="n" data-v="0.912346">0.912</td>' in text
     assert '<td class="n" data-v="1200">1,200</td>' in text
     assert "200 border" in text
@@ -535,8 +456,8 @@ def test_typical_cells_are_the_medoid_and_those_nearest_to_it() -> None:
     assert typical_cells(embeddings[:0], 5).size == 0
 
 
-def test_the_gallery_shows_neighbours_in_order_and_controls_last() -> None:
-    compounds = Page(render(screen())).data("gallery-data")["compounds"]
+def test_the_gallery_shows_neighbours_in_order_and_controls_last(whole: str) -> None:
+    compounds = Page(whole).data("gallery-data")["compounds"]
     assert [compound["name"] for compound in compounds] == ["drug A", "drug B", "drug C", "DMSO"]
     drug, _, _, dmso = compounds
     assert drug["near"] == [[1, 0.912], [2, -0.2]]

@@ -12,6 +12,16 @@ from screening.report.data import Example, ReportData
 from screening.report.gallery import typical_cells
 from screening.report.layout import embedding_map
 from screening.report.matrices import moa_similarity
-from screening.report.page import render
+from screening.report.page import Live, content_policy, render
 
-__all__ = ["Example", "ReportData", "channel_colours", "embedding_map", "moa_similarity", "render", "typical_cells"]
+__all__ = [
+    "Example",
+    "Live",
+    "ReportData",
+    "channel_colours",
+    "content_policy",
+    "embedding_map",
+    "moa_similarity",
+    "render",
+    "typical_cells",
+]

@@ -29,15 +29,30 @@ OPEN_PLATES = 4
 _TEMPLATES = files("screening.report") / "templates"
 
 
-def render(data: ReportData, *, live: bool = False) -> str:
+@dataclass(frozen=True)
+class Live:
+    """What the form of a page needs that a server stands behind (`pipelines.serve`).
+
+    Attributes:
+        max_upload: bytes of the largest file that the server takes.
+        levels: what can be compared: compounds, wells, cells.
+        moas: mechanisms that answers can be restricted to.
+    """
+
+    max_upload: int
+    levels: tuple[str, ...]
+    moas: tuple[str, ...]
+
+
+def render(data: ReportData, *, live: Live | None = None) -> str:
     """The report as one HTML page without any outside reference.
 
     Every text of `data` is escaped; scripts other than the page's own cannot run.
 
     Args:
         data: what to show.
-        live: whether a server stands behind the page (`pipelines.serve`): it then has a form to ask the screen, and may
-            talk to that server and nobody else.
+        live: of a page that a server stands behind: it then has a form to ask the screen, and may talk to that server
+            and nobody else.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("screening.report"),
@@ -46,7 +61,6 @@ def render(data: ReportData, *, live: bool = False) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["csp_hash"] = _csp_hash
     environment.filters["percent"] = percent
     environment.filters["payload"] = _payload
     controls = control_compounds(data.plate_maps)
@@ -56,7 +70,8 @@ def render(data: ReportData, *, live: bool = False) -> str:
     return environment.get_template("report.html.j2").render(
         live=live,
         style=Markup(_text("report.css")),
-        script=Markup(_text("report.js") + (_text("live.js") if live else "")),
+        script=Markup(_script(live)),
+        policy=content_policy(live),
         title=data.title,
         tiles=_tiles(data),
         tests=[
@@ -90,6 +105,13 @@ def render(data: ReportData, *, live: bool = False) -> str:
         clips_left_out=clips_left_out,
         channels=clips.legend(data.examples),
     )
+
+
+def content_policy(live: Live | None = None) -> str:
+    """What the page may load, run and talk to: its own script, no other, and its own server if it has one."""
+    digest = base64.b64encode(hashlib.sha256(_script(live).encode()).digest()).decode("ascii")
+    parts = ["default-src 'none'", "img-src data:", "style-src 'unsafe-inline'", f"script-src 'sha256-{digest}'"]
+    return "; ".join([*parts, *(["connect-src 'self'"] if live else []), "base-uri 'none'", "form-action 'none'"])
 
 
 @dataclass(frozen=True)
@@ -143,6 +165,10 @@ def _matrix(similarity: pd.DataFrame, styles: Mapping[str, object]) -> _Matrix |
     return _Matrix([(code, name) for name, code in codes.items()], rows)
 
 
+def _script(live: Live | None) -> str:
+    return _text("report.js") + (_text("live.js") if live else "")
+
+
 def _text(name: str) -> str:
     return (_TEMPLATES / name).read_text(encoding="utf-8")
 
@@ -153,9 +179,3 @@ def _payload(value: object) -> Markup:
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return Markup(text)
-
-
-def _csp_hash(script: str) -> str:
-    """A script as a content security policy names it, so that no other script runs in the page."""
-    digest = hashlib.sha256(script.encode()).digest()
-    return f"sha256-{base64.b64encode(digest).decode('ascii')}"

@@ -243,6 +243,15 @@ function atlas(choose) {
   draw();
 }
 
+/** A clip as a picture of all its frames behind a window of one; the gallery moves it on. */
+function filmStrip({strip, frames, width, height}, alt, caption) {
+  const image = make("img", {src: `data:image/webp;base64,${strip}`, alt});
+  image.dataset.frames = frames;
+  const view = make("div", {className: "window"}, image);
+  view.style.aspectRatio = `${width} / ${height}`;
+  return make("figure", {}, view, make("figcaption", {}, caption));
+}
+
 /** Show one compound beside controls and neighbours, all clips in step. */
 function gallery() {
   const data = payload("gallery-data"), choice = byId("gallery-compound"), shelves = byId("gallery-shelves");
@@ -250,12 +259,15 @@ function gallery() {
   const play = byId("gallery-play"), frame = byId("gallery-frame"), told = byId("gallery-told");
   const still = matchMedia("(prefers-reduced-motion: reduce)");
   const longest = Math.max(1, ...data.clips.map(clip => clip.frames));
-  let now = 0, timer = 0, strips = [];
+  let now = 0, timer = 0;
   const turn = to => {
     now = to % longest;
     frame.value = now;
     frame.setAttribute("aria-valuetext", `frame ${now + 1} of ${longest}`);
-    for (const [image, frames] of strips) image.style.transform = `translateX(${-100 * (now % frames) / frames}%)`;
+    for (const image of document.querySelectorAll(".window img")) {
+      const frames = Number(image.dataset.frames);
+      image.style.transform = `translateX(${-100 * (now % frames) / frames}%)`;
+    }
   };
   const run = moving => {
     clearInterval(timer);
@@ -263,15 +275,8 @@ function gallery() {
     play.textContent = moving ? "Pause" : "Play";
   };
   const reel = (compound, numbers) => make("div", {className: "reel"}, ...numbers.map((number, i) => {
-    const {caption, frames, width, height} = data.clips[number];
-    const image = make("img", {
-      src: `data:image/webp;base64,${byId(`clip-${number}`).textContent}`,
-      alt: `${compound.name}, typical cell ${i + 1}: ${frames} frames. ${caption}`,
-    });
-    strips.push([image, frames]);
-    const view = make("div", {className: "window"}, image);
-    view.style.aspectRatio = `${width} / ${height}`;
-    return make("figure", {}, view, make("figcaption", {}, caption));
+    const clip = {...data.clips[number], strip: byId(`clip-${number}`).textContent};
+    return filmStrip(clip, `${compound.name}, typical cell ${i + 1}: ${clip.frames} frames. ${clip.caption}`, clip.caption);
   }));
   const shelf = (compound, remark, own) => {
     const about = make("div", {}, make("h3", {}, compound.name), make("p", {}, remark));
@@ -286,7 +291,6 @@ function gallery() {
     return make("div", {className: "shelf"}, about, cells);
   };
   const show = () => {
-    strips = [];
     const compound = data.compounds[choice.value];
     const moa = compound.moa || "mechanism unknown";
     const rows = [shelf(compound, compound.control ? compound.moa : moa, true)];
@@ -330,6 +334,7 @@ function gallery() {
 }
 
 // The clips stand at the end of the page: all else is ready before they have been read.
+document.querySelectorAll(".needs-script").forEach(excuse => excuse.remove());
 theme();
 document.querySelectorAll("[data-table]").forEach(explore);
 plates();
