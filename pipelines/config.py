@@ -21,6 +21,7 @@ from screening.initialisation import InitialWeights, RandomWeights
 from screening.profiles import ProfilesConfig
 from screening.site import ChannelsConfig, SegmentConfig
 from screening.splits import ByCompound, SplitConfig
+from screening.statistics import StatisticsConfig
 from screening.training import TrainConfig
 from storage_schemas import store
 from storage_schemas.base import Config
@@ -140,6 +141,7 @@ class RunConfig(Config):
     train: TrainConfig = Field(TrainConfig(), description="training")
     embed: EmbedConfig = Field(EmbedConfig(), description="embedding of all clips")
     profiles: ProfilesConfig = Field(ProfilesConfig(), description="well and compound profiles")
+    statistics: StatisticsConfig = Field(StatisticsConfig(), description="activity, consistency and their p-values")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="held-out tests")
     baseline: BaselineConfig = Field(BaselineConfig(), description="hand-made features, for `screening compare`")
     max_failed_share: float = Field(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from pipelines import embed, evaluate, index, report, segment, train
+from pipelines import embed, evaluate, index, report, segment, statistics, train
 from pipelines.cluster import cluster
 from pipelines.config import ConfigError, RunConfig, differences
 from pipelines.inputs import Inputs, annotation_identity, open_inputs
@@ -45,11 +45,14 @@ _SPECS: dict[Stage, _StageSpec] = {
     ),
     "embed": _StageSpec(embed.embed_screen, embed.OUTPUT_VERSION, ("segment", "train"), (), tables=False),
     "index": _StageSpec(index.index, index.OUTPUT_VERSION, ("embed",), ("profiles",)),
+    "statistics": _StageSpec(
+        statistics.statistics, statistics.OUTPUT_VERSION, ("index",), ("seed", "profiles", "statistics")
+    ),
     "evaluate": _StageSpec(evaluate.evaluate, evaluate.OUTPUT_VERSION, ("train", "embed"), ("seed", "evaluation")),
     "report": _StageSpec(
         report.report,
         report.OUTPUT_VERSION,
-        ("segment", "train", "embed", "index", "evaluate"),
+        ("segment", "train", "embed", "index", "statistics", "evaluate"),
         ("title", "seed"),
     ),
 }

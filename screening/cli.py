@@ -75,6 +75,15 @@ class LevelName(StrEnum):
     cell = "cell"
 
 
+class StatisticsName(StrEnum):
+    """Tables of statistics."""
+
+    activity = "activity"
+    consistency = "consistency"
+    controls = "controls"
+    doses = "doses"
+
+
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a setting (`screening config` lists them); repeatable."),
@@ -270,7 +279,7 @@ def run(
     out: OutOption,
     settings: SetOption = None,
     stages: Annotated[
-        str | None, typer.Option(help="Only these, with commas: segment,train,embed,index,evaluate,report.")
+        str | None, typer.Option(help="Only these, with commas: segment,train,embed,index,statistics,evaluate,report.")
     ] = None,
     update: UpdateOption = False,
 ) -> None:
@@ -466,6 +475,30 @@ def query(
 
 
 @app.command()
+def statistics(
+    screen: ScreenArgument,
+    table: Annotated[StatisticsName, typer.Option(help="What is shown.")] = StatisticsName.activity,
+    permutations: Annotated[int | None, typer.Option(min=100, help="Relabelings a p-value.")] = None,
+    fdr: Annotated[float | None, typer.Option(help="False discovery rate below which a finding is one.")] = None,
+    active_only: Annotated[
+        bool | None, typer.Option("--active-only/--all", help="Test consistency among active compounds only.")
+    ] = None,
+    output: FormatOption = Format.table,
+) -> None:
+    """Which compounds are active, which mechanisms consistent, how good are the plates, and how sure is that?
+
+    The tables lie in SCREEN/statistics, those of `screening run` or of the options given here; docs/statistics.md
+    says what each column means.
+    """
+    from pipelines.statistics import compute, read_statistics, readable
+
+    asked = {"n_permutations": permutations, "fdr": fdr, "active_only": active_only}
+    opened = compute(screen, {name: value for name, value in asked.items() if value is not None})
+    found = read_statistics(opened, table.value)
+    _print(readable(found) if output is Format.table else found, output)
+
+
+@app.command()
 def predict(
     screen: ScreenArgument,
     compound: Annotated[
@@ -566,4 +599,6 @@ def _cell(value: object) -> str:
 
     if value is None or value is pd.NA or value != value:
         return "–"
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.0e}" if 0 < abs(value) < 0.0005 else f"{value:.3f}"

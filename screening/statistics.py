@@ -24,6 +24,7 @@ from pydantic import Field
 
 from screening.average_precision import UNIT, add_precisions, doubled_ranks
 from screening.cosines import COSINE_STEPS, Floats, Ints
+from screening.profiles import Raw, Robust, Standardised
 from screening.retrieval import Members, chance_average_precision, unit_rows
 from screening.significance import Draws, arrangements, benjamini_hochberg, p_value, subsets
 from storage_schemas.base import Config
@@ -40,11 +41,14 @@ class StatisticsConfig(Config):
 
     n_permutations: int = Field(10_000, ge=100, description="relabelings a p-value; fewer where there are no more")
     fdr: float = Field(0.05, gt=0, lt=1, description="false discovery rate below which a finding is called one")
-    by: tuple[str, ...] = Field(
-        ("compound", "concentration", "unit"),
-        description="columns that together say which wells are replicates; those of an import may be named too",
+    recipe: Raw | Standardised | Robust = Field(
+        Standardised(),
+        discriminator="method",
+        description="what profiles go through before they are compared with controls: no whitening, which tells the "
+        "controls that it is fitted to from all other wells",
     )
     active_only: bool = Field(False, description="test consistency among the compounds that are active only")
+    separator: str = Field("|", min_length=1, description="what stands between several mechanisms or targets of one")
 
 
 # --- activity ------------------------------------------------------------------------------------

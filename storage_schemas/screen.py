@@ -21,7 +21,7 @@ from storage_schemas.keys import WellKey
 
 VERSION = 1
 
-Stage = Literal["segment", "train", "embed", "index", "evaluate", "report"]
+Stage = Literal["segment", "train", "embed", "index", "statistics", "evaluate", "report"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
@@ -171,6 +171,10 @@ class Screen:
         """Profiles before and after their recipe, their features, or what they were normalised by."""
         return self._path("profiles", f"{table}.parquet")
 
+    def statistics(self, table: str) -> str:
+        """What is said of profiles with a p-value: activity, consistency, controls or doses."""
+        return self._path("statistics", f"{table}.parquet")
+
     @property
     def index(self) -> str:
         """The similarity index, a folder (see :mod:`storage_schemas.index`)."""
@@ -275,6 +279,7 @@ class Screen:
             "train": ("checkpoint", "split.parquet", "train"),
             "embed": ("embeddings",),
             "index": ("index", "profiles"),
+            "statistics": ("statistics",),
             "evaluate": ("evaluation.json",),
             "report": ("report.html",),
         }

@@ -349,6 +349,94 @@ NORMALISATION = TableForm(
 )
 
 
+_PRECISION = [
+    ("mean_average_precision", pa.float64()),  # null where nothing could be tested, like the numbers after it
+    ("expected_precision", pa.float64()),  # in random order
+    ("normalised_precision", pa.float64()),  # 0 as chance has it, 1 for perfect
+    ("p_value", pa.float64()),
+    ("q_value", pa.float64()),  # false discovery rate
+]
+
+ACTIVITY = TableForm(
+    "activity",
+    1,
+    pa.schema(
+        [
+            ("compound", pa.string()),  # what else makes a treatment stands in further columns
+            ("role", pa.string()),
+            ("moa", pa.string()),
+            ("n_wells", pa.int32()),
+            ("n_replicates", pa.int32()),  # wells that took part: on plates with negative controls
+            ("n_controls", pa.int32()),
+            *_PRECISION,
+            ("active", pa.bool_()),
+            ("n_relabelings", pa.int32()),
+            ("excluded", pa.string()),  # why it could not be tested; null where it was
+            ("control_distance", pa.float64()),  # median over the wells, in the controls' standard deviations
+            ("replicate_correlation", pa.float64()),  # median over pairs of wells
+            ("replicate_p_value", pa.float64()),
+            ("replicates", pa.bool_()),
+        ]
+    ),
+    extra_prefix=METADATA_PREFIX,
+)
+
+CONSISTENCY = TableForm(
+    "consistency",
+    1,
+    pa.schema(
+        [
+            ("kind", pa.string()),  # moa or target
+            ("label", pa.string()),
+            ("n_compounds", pa.int32()),
+            *_PRECISION,
+            ("consistent", pa.bool_()),
+            ("n_relabelings", pa.int32()),
+            ("excluded", pa.string()),
+        ]
+    ),
+)
+
+CONTROLS = TableForm(
+    "controls",
+    1,
+    pa.schema(
+        [
+            ("plate", pa.string()),
+            ("n_wells", pa.int32()),
+            ("n_negative", pa.int32()),
+            ("n_positive", pa.int32()),
+            ("z_prime", pa.float64()),  # null like the next three with too few controls
+            ("ssmd", pa.float64()),
+            ("z_prime_robust", pa.float64()),
+            ("ssmd_robust", pa.float64()),
+            ("control_distance", pa.float64()),  # of a negative control from the others, median
+            ("treated_distance", pa.float64()),  # of a treated well from them, median
+            ("excluded", pa.string()),
+        ]
+    ),
+)
+
+DOSES = TableForm(
+    "doses",
+    1,
+    pa.schema(
+        [
+            ("compound", pa.string()),
+            ("n_wells", pa.int32()),
+            ("n_doses", pa.int32()),
+            ("spearman", pa.float64()),
+            ("p_value", pa.float64()),
+            ("q_value", pa.float64()),
+            ("dose_dependent", pa.bool_()),
+            ("n_relabelings", pa.int32()),
+            ("excluded", pa.string()),
+        ]
+    ),
+    extra_prefix=METADATA_PREFIX,
+)
+
+
 def write_table(url: str, table: pa.Table | pd.DataFrame, form: TableForm, fingerprint: str = "") -> None:
     """Write a table of a given form as one Parquet file, atomically.
 

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import itertools
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import pyarrow as pa
 import pytest
+from conftest import Command
 from scipy import stats
 
+from pipelines.config import ConfigError
+from pipelines.profiles import write_profiles
+from pipelines.statistics import compute, read_statistics
+from pipelines.vectors import vector_column
 from screening import statistics
+from screening.profiles import ProfilesConfig, Standardised
 from screening.significance import (
     arrangements,
     at_least,
@@ -31,6 +41,8 @@ from screening.statistics import (
     with_fdr,
 )
 from storage_schemas.errors import InputError
+from storage_schemas.screen import Manifest, Screen
+from storage_schemas.tables import COMPOUNDS, PLATE_MAP, raw_profiles_form, write_table
 
 EXACT: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -456,3 +468,116 @@ def test_bad_input_is_named() -> None:
         activity(np.eye(2), np.zeros(2, np.int64), ["a", "a", "b"], [True, False])
     with pytest.raises(InputError, match="p-values lie between 0 and 1"):
         benjamini_hochberg([0.5, 1.5])
+
+
+# --- of a screen -----------------------------------------------------------------------------
+
+
+def write_screen(url: str, wells_here: pd.DataFrame, profiles: npt.NDArray[Any], compounds: pd.DataFrame) -> Screen:
+    """A screen of profiles alone."""
+    screen = Screen(url)
+    screen.write_manifest(Manifest(software={}, config={}, inputs=""))
+    write_table(screen.plate_map, wells_here, PLATE_MAP)
+    write_table(screen.compounds, compounds.reindex(columns=COMPOUNDS.schema.names).astype("string"), COMPOUNDS)
+    table = pa.Table.from_pandas(wells_here[["plate", "well"]].assign(n_cells=9), preserve_index=False)
+    table = table.append_column("profile", vector_column(profiles.astype(np.float32)))
+    write_table(screen.profiles("raw"), table, raw_profiles_form(profiles.shape[1]))
+    write_profiles(screen, ProfilesConfig(recipe=Standardised(reference="plate")), "")
+    return screen
+
+
+@pytest.fixture
+def screen(tmp_path: Path) -> Screen:
+    """Two plates of a strong, a dosed, a still and a lone compound, and a third without controls."""
+    rows: list[tuple[str, str, float | None, str]] = []
+    for plate in ("p1", "p2"):
+        rows += [(plate, "DMSO", None, "negative_control")] * 16 + [(plate, "kill", None, "positive_control")] * 4
+        rows += [(plate, "dosed", dose, "treatment") for dose in (1.0, 3.0, 10.0, 30.0)]
+        rows += [(plate, "strong", 1.0, "treatment")] * 2 + [(plate, "still", 1.0, "treatment")] * 2
+    rows += [("p1", "lone", 1.0, "treatment"), ("p3", "strong", 1.0, "treatment"), ("p3", "far", 1.0, "treatment")]
+    table = pd.DataFrame(rows, columns=["plate", "compound", "concentration", "role"])
+    number = table.groupby("plate").cumcount()
+    table = table.assign(
+        well=[f"{chr(65 + i // 12)}{i % 12 + 1:02}" for i in number], unit="uM", replicate=table["plate"]
+    )
+    rng = np.random.default_rng(0)
+    effect = table["compound"].map({"kill": 6.0, "strong": 4.0}).fillna(0.0) + (table["compound"] == "dosed") * (
+        np.log1p(table["concentration"].fillna(0))
+    )
+    profiles = rng.normal(size=(len(table), 10)) + effect.to_numpy()[:, None] * rng.normal(size=10)
+    compounds = pd.DataFrame({"compound": ["DMSO", "kill", "dosed", "strong", "still", "lone", "far"]})
+    compounds["moa"] = [None, "x|y", "x", "x", "y", None, "z"]
+    return write_screen(str(tmp_path / "screen"), table, profiles, compounds)
+
+
+def test_statistics_of_a_screen(screen: Screen) -> None:
+    compute(screen.url)
+    activity_table = read_statistics(screen, "activity").set_index(["compound", "concentration"])
+    assert activity_table["n_wells"].sum() == 8 + 8 + 5 + 4 + 1 + 1
+    assert activity_table["active"].sum() >= 3
+    assert numbers(activity_table, ("strong", 1.0), "n_wells", "n_replicates", "n_controls") == [5, 4, 32]
+    assert activity_table.loc[("strong", 1.0), "active"]
+    assert not activity_table.loc[("still", 1.0), "active"]
+    assert activity_table.loc[("lone", 1.0), "excluded"] == "one replicate only"
+    assert activity_table.loc[("far", 1.0), "excluded"] == "no negative control on its plates"
+    controls = read_statistics(screen, "controls").set_index("plate")
+    assert (controls.loc[["p1", "p2"], "z_prime"] > 0).all()
+    assert controls.loc["p3", "excluded"] == "fewer than three positive or three negative controls"
+    doses = read_statistics(screen, "doses").set_index("compound")
+    assert bool(doses["dose_dependent"]["dosed"])
+    assert doses["excluded"]["strong"] == "fewer than three doses"
+    consistent = read_statistics(screen, "consistency")
+    assert consistent[["kind", "label", "n_compounds"]].to_numpy().tolist() == [
+        ["moa", "x", 3],
+        ["moa", "y", 2],
+        ["moa", "z", 1],
+    ]
+    record = screen.read_manifest().stages["statistics"]
+    assert record.counts["treatments"] == len(activity_table)
+    assert record.counts["not tested"] == activity_table["excluded"].notna().sum() == 2
+    assert any("2 wells are on plates without negative controls (p3)" in note for note in record.notes)
+    assert any("1 of 6 compounds have no moa" in note for note in record.notes)
+
+
+def test_statistics_are_done_again_when_profiles_or_settings_change(screen: Screen) -> None:
+    def p_value_of_still() -> float:
+        table = read_statistics(screen, "activity").set_index("compound")
+        return float(table["p_value"]["still"])
+
+    compute(screen.url)
+    before = screen.read_manifest().stages["statistics"]
+    first = p_value_of_still()
+    compute(screen.url)
+    assert screen.read_manifest().stages["statistics"] == before
+    compute(screen.url, {"n_permutations": 100})
+    assert p_value_of_still() != first
+    assert set(read_statistics(screen, "activity")["n_relabelings"].dropna()) == {100}
+    compute(screen.url)
+    assert p_value_of_still() == first
+    with pytest.raises(ConfigError, match="fdr: Input should be less than 1"):
+        compute(screen.url, {"fdr": 2})
+
+
+@pytest.mark.parametrize("table", ["activity", "consistency", "controls", "doses"])
+def test_formats_say_the_same(screen: Screen, command: Command, table: str) -> None:
+    said = {
+        form: command("statistics", screen.url, "--table", table, "--format", form) for form in ("json", "csv", "table")
+    }
+    assert {done.code for done in said.values()} == {0}
+    expected = read_statistics(screen, table)
+    assert len(json.loads(said["json"].out)) == len(expected)
+    read = pd.read_csv(io.StringIO(said["csv"].out))
+    assert list(read) == list(expected)
+    for name in ("p_value", "z_prime"):
+        if name in expected:
+            np.testing.assert_allclose(read[name].astype(float), expected[name].astype(float), rtol=1e-6)
+    assert len(said["table"].out.splitlines()) == len(expected) + 1
+
+
+def test_a_screen_without_profiles_says_what_to_do(tmp_path: Path, command: Command) -> None:
+    screen = Screen(str(tmp_path / "screen"))
+    screen.write_manifest(Manifest(software={}, config={}, inputs=""))
+    done = command("statistics", screen.url)
+    assert (done.code, done.out) == (1, "")
+    assert "has no profiles: run the stage `index` first, or import some" in done.err
+    assert command("statistics", tmp_path).code == 1
