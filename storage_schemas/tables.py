@@ -244,6 +244,27 @@ COMPARISON = TableForm(
 )
 
 
+RECIPES = TableForm(
+    "recipes",
+    1,
+    pa.schema(
+        [
+            ("recipe", pa.string()),  # its name, or the settings it was given by
+            ("n_features", pa.int32()),  # that it left
+            ("test", pa.string()),  # replicate, replicate or control, class
+            ("metric", pa.string()),
+            ("value", pa.float64()),  # null where there was nothing to score, like the three after it
+            ("low", pa.float64()),  # 95 % interval over compounds
+            ("high", pa.float64()),
+            ("chance", pa.float64()),
+            ("n_queries", pa.int32()),  # wells, or treatments, that were looked up
+            ("n_compounds", pa.int32()),  # that they are of
+            ("n_left_out", pa.int32()),  # that had nothing to find
+        ]
+    ),
+)
+
+
 def embeddings_form(dimension: int) -> TableForm:
     """A row a cell: its key and its embedding, a fixed-size list of float32."""
     vector = ("embedding", pa.list_(pa.float32(), dimension))

@@ -37,6 +37,7 @@ FORMS = [
     tables.treatment_profiles_form(4),
     tables.FEATURES,
     tables.NORMALISATION,
+    tables.RECIPES,
 ]
 
 
