@@ -19,6 +19,7 @@ from screening.evaluation import EvaluationConfig
 from screening.i3d import ModelConfig
 from screening.initialisation import InitialWeights, RandomWeights
 from screening.profiles import ProfilesConfig
+from screening.similarity import AutoIndex, IndexConfig
 from screening.site import ChannelsConfig, SegmentConfig
 from screening.splits import ByCompound, SplitConfig
 from screening.statistics import StatisticsConfig
@@ -142,6 +143,7 @@ class RunConfig(Config):
     embed: EmbedConfig = Field(EmbedConfig(), description="embedding of all clips")
     profiles: ProfilesConfig = Field(ProfilesConfig(), description="well and compound profiles")
     statistics: StatisticsConfig = Field(StatisticsConfig(), description="activity, consistency and their p-values")
+    index: IndexConfig = Field(AutoIndex(), description="how `screening query` searches")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="held-out tests")
     baseline: BaselineConfig = Field(BaselineConfig(), description="hand-made features, for `screening compare`")
     max_failed_share: float = Field(

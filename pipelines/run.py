@@ -44,7 +44,7 @@ _SPECS: dict[Stage, _StageSpec] = {
         ("seed", "split", "model", "augment", "initial", "pretrain", "train"),
     ),
     "embed": _StageSpec(embed.embed_screen, embed.OUTPUT_VERSION, ("segment", "train"), (), tables=False),
-    "index": _StageSpec(index.index, index.OUTPUT_VERSION, ("embed",), ("profiles",)),
+    "index": _StageSpec(index.index, index.OUTPUT_VERSION, ("embed",), ("profiles", "index")),
     "statistics": _StageSpec(
         statistics.statistics, statistics.OUTPUT_VERSION, ("index",), ("seed", "profiles", "statistics")
     ),

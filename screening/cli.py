@@ -432,7 +432,7 @@ def demo(
     """Simulate a screen, run it, and show what it finds: the whole road in some minutes."""
     from pipelines.cluster import cluster
     from pipelines.config import ResourcesConfig, load
-    from pipelines.query import query as look_up
+    from pipelines.query import Searcher
     from pipelines.run import run as run_screen
     from pipelines.simulate import RUN_CONFIG
     from pipelines.simulate import simulate as write
@@ -450,7 +450,7 @@ def demo(
     _print(score_table(read_json(screen.evaluation)), Format.table)
     compound = "uncoupler-1"
     typer.echo(f"\n$ screening query {folder} --compound {compound} -k 5\n")
-    _print(look_up(screen, compound, 5), Format.table)
+    _print(Searcher(screen).query(compound=compound, k=5), Format.table)
     typer.echo(f"\nThe report, to open in a browser: {Path(screen.report).resolve()}")
     if failed:
         raise typer.Exit(Exit.SOME_FAILED)
@@ -459,19 +459,39 @@ def demo(
 @app.command()
 def query(
     screen: ScreenArgument,
-    compound: Annotated[str, typer.Option(help="What to look up.", show_default=False)],
+    compound: Annotated[str | None, typer.Option(help="Ask by a compound.")] = None,
+    well: Annotated[str | None, typer.Option(metavar="PLATE/WELL", help="Ask by a well.")] = None,
+    cell: Annotated[str | None, typer.Option(metavar="PLATE/WELL/SITE/TRACK", help="Ask by a cell.")] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="How many answers.")] = 10,
-    level: Annotated[LevelName, typer.Option(help="What to compare it with.")] = LevelName.compound,
+    level: Annotated[
+        LevelName | None, typer.Option(help="What to compare it with; by default what is asked about.")
+    ] = None,
+    moa: Annotated[list[str] | None, typer.Option(help="Only what has this mechanism; repeatable.")] = None,
+    plate: Annotated[list[str] | None, typer.Option(help="Only what is on this plate; repeatable.")] = None,
+    exclude_same_compound: Annotated[
+        bool, typer.Option("--exclude-same-compound", help="Leave out the compound of the well or cell.")
+    ] = False,
     output: FormatOption = Format.table,
 ) -> None:
-    """Which compounds, wells or cells resemble a compound most?
+    """Which compounds, wells or cells resemble a compound, a well or a cell most?
 
-    A cell's id is plate/well/site/track. Similarity is the cosine of profiles, or at level cell of embeddings.
+    Similarity is the cosine of profiles, or at level cell of embeddings. Nothing is its own answer.
     """
-    from pipelines.query import query as look_up
-    from storage_schemas.screen import Screen
+    from pipelines.query import Searcher
 
-    _print(look_up(Screen(screen), compound, k, level.value), output)
+    if sum(asked is not None for asked in (compound, well, cell)) != 1:
+        raise typer.BadParameter("give one of --compound, --well and --cell", param_hint="query")
+    found = Searcher(screen).query(
+        compound=compound,
+        well=well,
+        cell=cell,
+        level=level.value if level else None,
+        k=k,
+        moa=moa or (),
+        plate=plate or (),
+        exclude_same_compound=exclude_same_compound,
+    )
+    _print(found, output)
 
 
 @app.command()

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -107,6 +108,15 @@ def read_weights(url: str) -> dict[str, NDArray[Any]]:
         return {name: np.asarray(array) for name, array in load(store.read_bytes(where)).items()}
     except SafetensorError as error:
         raise SchemaError(where, f"is not a safetensors file ({error})") from error
+
+
+def weights_digest(url: str) -> str:
+    """What tells a network's weights from all others: equal weights have equal digests.
+
+    Raises:
+        SchemaError: if there are none.
+    """
+    return hashlib.sha256(store.read_bytes(store.join(url, "model.safetensors"))).hexdigest()[:16]
 
 
 def read_training(url: str) -> bytes:

@@ -175,14 +175,15 @@ TRAINING_METRICS = TableForm(
 
 INDEX_IDS = TableForm(
     "index_ids",
-    1,
+    2,
     pa.schema(
         [
             ("id", pa.string()),  # the key's text form; at compound level the compound
             ("compound", pa.string()),
             ("moa", pa.string()),
-            ("plate", pa.string()),  # null at compound level
-            ("n_cells", pa.int32()),
+            ("plate", pa.string()),  # null at compound level, like the well
+            ("well", pa.string()),
+            ("n_cells", pa.int32()),  # null where it is not known
         ]
     ),
 )

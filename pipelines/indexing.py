@@ -1,0 +1,300 @@
+"""Building a screen's similarity index: vectors go from Parquet to their final file well by well."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pyarrow as pa
+
+from pipelines.vectors import CELL_KEYS, read_profiles, vectors
+from screening import similarity
+from screening.similarity import Effort, Index, IndexConfig, Quantiser, Vectors, to_unit
+from storage_schemas import store
+from storage_schemas.checkpoint import weights_digest
+from storage_schemas.errors import InputError, SchemaError
+from storage_schemas.index import VECTORS, Build, Level, LevelManifest, Recall, new_build, read_array
+from storage_schemas.index import IndexManifest as Manifest
+from storage_schemas.keys import WellKey
+from storage_schemas.screen import Screen, fingerprint
+from storage_schemas.tables import COMPOUNDS, PLATE_MAP, embeddings_form, open_table, vector_dimension
+
+_READERS = 4  # threads that read ahead; Parquet is decoded without Python's lock
+_ROWS = 2**16  # that are encoded at once
+
+
+def read_cells(screen: Screen, wells: Sequence[WellKey]) -> Iterator[tuple[WellKey, pd.DataFrame, Vectors]]:
+    """Keys and (n, D) embeddings of one well after another, of those that have been embedded, in order.
+
+    Files are read ahead by threads; no more than a few wells are in memory.
+
+    Raises:
+        SchemaError: if no well has been embedded, or vectors have different dimensions.
+    """
+    done = screen.done_units("embed")
+    urls = {well: screen.embeddings(well) for well in wells if well in done}
+    if not urls:
+        raise SchemaError(screen.url, "has no embeddings: run the stage `embed` first")
+    form = embeddings_form(vector_dimension(next(iter(urls.values())), "embedding"))
+    tables = _ahead(lambda url: open_table(url, form), urls.values())
+    for well, table in zip(urls, tables, strict=True):
+        yield well, table.select(CELL_KEYS).to_pandas(), vectors(table["embedding"])
+
+
+@dataclass(frozen=True)
+class Entries:
+    """What a level of an index is made of.
+
+    Attributes:
+        dimension: of the vectors.
+        blocks: (n, D) parts of the vectors one after another, each with what they are of: a row a vector of
+            :data:`storage_schemas.tables.INDEX_IDS`.
+    """
+
+    dimension: int
+    blocks: Callable[[], Iterator[tuple[pd.DataFrame, Vectors]]]
+
+
+def cell_entries(sources: Sequence[tuple[Screen, Sequence[WellKey]]]) -> Entries:
+    """The cells of screens, each with its wells."""
+    screen, wells = sources[0]
+    done = screen.done_units("embed")
+    first = next((well for well in wells if well in done), None)
+    if first is None:
+        raise SchemaError(screen.url, "has no embeddings: run the stage `embed` first")
+    dimension = vector_dimension(screen.embeddings(first), "embedding")
+
+    def blocks() -> Iterator[tuple[pd.DataFrame, Vectors]]:
+        for screen, wells in sources:
+            compound, moa = _annotation(screen)
+            for well, keys, values in read_cells(screen, wells):
+                if values.shape[1] != dimension:
+                    raise InputError(
+                        f"{screen.url}: embeddings have {values.shape[1]} dimensions, those of {sources[0][0].url} "
+                        f"{dimension}: another network made them"
+                    )
+                of_well = compound[well]
+                text = str(well) + "/" + keys["site"] + "/" + keys["track"].astype(str)
+                yield (
+                    pd.DataFrame(
+                        {
+                            "id": text,
+                            "compound": of_well,
+                            "moa": moa.get(of_well),
+                            "plate": well.plate,
+                            "well": well.well,
+                            "n_cells": 1,
+                        }
+                    ),
+                    values,
+                )
+
+    return Entries(dimension, blocks)
+
+
+def profile_entries(level: Level, known: pd.DataFrame, values: Vectors) -> Entries:
+    """Profiles of wells or compounds, with what :func:`pipelines.vectors.read_profiles` says of them."""
+    ids = known[["compound", "moa", "n_cells"]].copy()
+    if level == "well":
+        ids = ids.assign(id=known["plate"] + "/" + known["well"], plate=known["plate"], well=known["well"])
+    else:
+        ids = ids.assign(id=known["compound"], plate=None, well=None)
+    return Entries(values.shape[1], lambda: iter([(ids, values)]))
+
+
+@dataclass(frozen=True)
+class Before:
+    """A level as it was before it is added to.
+
+    Attributes:
+        manifest: of the level.
+        ids: of its vectors.
+        vectors: at unit length.
+        arrays: everything else, by name.
+    """
+
+    manifest: LevelManifest
+    ids: pd.DataFrame
+    vectors: Vectors
+    arrays: Mapping[str, npt.NDArray[Any]]
+
+
+def build_level(
+    build: Build, level: Level, entries: Entries, config: IndexConfig, before: Before | None = None
+) -> LevelManifest:
+    """Write a level of an index.
+
+    Args:
+        build: that it is part of.
+        level: which.
+        entries: what it is made of, read once.
+        config: how it is to be searched.
+        before: what is kept in front of the entries; its codes stay valid, so that only what is new is encoded.
+
+    Raises:
+        InputError: vectors that are not finite, or of another dimension than those before.
+    """
+    if before is not None and entries.dimension != before.vectors.shape[1]:
+        raise InputError(
+            f"level {level!r}: vectors to add have {entries.dimension} dimensions, those of the index "
+            f"{before.vectors.shape[1]}"
+        )
+    tables: list[pd.DataFrame] = [] if before is None else [before.ids]
+
+    def units() -> Iterator[Vectors]:
+        for ids, values in entries.blocks():
+            tables.append(ids)
+            yield to_unit(values)
+
+    kept = [] if before is None else _blocks(before.vectors)
+    arrays = {VECTORS: build.write_array(level, VECTORS, (entries.dimension,), "float32", chain(kept, units()))}
+    ids = build.write_ids(level, _joined(tables))
+    count = arrays[VECTORS].shape[0]
+    method, reason = similarity.choose(config, count, entries.dimension)
+    if method.method == "exact":
+        return LevelManifest(method="exact", reason=reason, arrays=arrays, ids=ids)
+
+    mapped = build.open_array(level, VECTORS, arrays[VECTORS])
+    encoded: dict[str, npt.NDArray[Any]] = {}
+    if before is not None and before.manifest.method == method.method:
+        quantiser = quantiser_of(before.arrays)
+        encoded = {name: before.arrays[name] for name in ("codes", "lists") if name in before.arrays}
+    else:
+        size = similarity.training_size(method, count)
+        chosen = np.sort(np.random.default_rng(0).choice(count, size, replace=False))
+        quantiser = similarity.train(mapped[chosen], method, count)
+    known = len(encoded["codes"]) if encoded else 0
+    parts = [encoded] if encoded else []
+    parts += [quantiser.encode(np.ascontiguousarray(block)) for block in _blocks(mapped[known:])]
+    encoded = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    for name, array in {**encoded, **_quantiser_arrays(quantiser)}.items():
+        arrays[name] = build.write_array(level, name, array.shape[1:], array.dtype.name, [array])
+
+    tuning = similarity.tune(Index(mapped, quantiser, encoded), method)
+    return LevelManifest(
+        method=method.method,
+        reason=reason,
+        depth=tuning.effort.depth,
+        probes=tuning.effort.probes,
+        recall=Recall(value=tuning.recall, low=tuning.low, queries=tuning.queries, target=method.recall),
+        arrays=arrays,
+        ids=ids,
+    )
+
+
+def build_index(screen: Screen, config: IndexConfig, wells: Sequence[WellKey]) -> tuple[dict[str, int], list[str]]:
+    """Index a screen's profiles, and its cells where it has embeddings.
+
+    Args:
+        screen: with profiles, run or imported.
+        config: how to search.
+        wells: whose cells are indexed; none where only profiles are.
+
+    Returns:
+        How many compounds, wells and cells; and how each level is searched, in a line for the reader.
+    """
+    levels: dict[Level, Entries] = {
+        "compound": profile_entries("compound", *read_profiles(screen, "compound")),
+        "well": profile_entries("well", *read_profiles(screen, "well")),
+    }
+    if wells:
+        levels["cell"] = cell_entries([(screen, wells)])
+    with new_build(screen.index) as build:
+        built = {level: build_level(build, level, entries, config) for level, entries in levels.items()}
+        build.manifest = Manifest(embedder=embedder(screen), build=build.name, levels=built)
+    counts = {f"{level}s": held.count for level, held in built.items()}
+    return counts, [describe(level, held) for level, held in built.items() if held.method != "exact"]
+
+
+def embedder(screen: Screen) -> str:
+    """What made a screen's vectors: a digest of its network's weights, or of the features that were imported."""
+    if store.exists(screen.checkpoint):
+        return weights_digest(screen.checkpoint)
+    return fingerprint("imported", vector_dimension(screen.profiles("raw"), "profile"))
+
+
+def open_level(url: str, manifest: Manifest, level: Level) -> Index:
+    """A level of an index, ready to be searched.
+
+    Raises:
+        SchemaError: if a file is missing or damaged.
+    """
+    held = manifest.levels[level]
+    arrays = {name: read_array(url, manifest, level, name) for name in held.arrays}
+    try:
+        if held.method == "exact":
+            return Index(arrays[VECTORS])
+        return Index(arrays[VECTORS], quantiser_of(arrays), arrays, Effort(held.depth, held.probes))
+    except (InputError, KeyError) as error:
+        raise SchemaError(url, f"level {level!r}: {error}") from error
+
+
+def describe(level: Level, held: LevelManifest) -> str:
+    """How a level is searched, why, and how well, in a line."""
+    if held.recall is None:
+        return f"{level}: {held.count:,} vectors compared exactly: {held.reason}"
+    found = (
+        f"recall@10 {held.recall.value:.4f} (at least {held.recall.low:.4f}) over {held.recall.queries} of its vectors"
+    )
+    if held.recall.low < held.recall.target:
+        found += f", short of index.recall={held.recall.target} with all that index.max_depth allows"
+    lists = f", {held.probes} lists" if held.probes else ""
+    return f"{level}: {held.count:,} vectors, {held.method}{lists}, {held.depth:,} re-ranked: {held.reason}; {found}"
+
+
+def quantiser_of(arrays: Mapping[str, npt.NDArray[Any]]) -> Quantiser:
+    """What compressed a level's vectors, from its arrays."""
+    return Quantiser(arrays["codebook"], arrays.get("centroids"))
+
+
+def _quantiser_arrays(quantiser: Quantiser) -> dict[str, Vectors]:
+    arrays = {"codebook": quantiser.codebook}
+    return arrays if quantiser.centroids is None else {**arrays, "centroids": quantiser.centroids}
+
+
+def _joined(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """The ids of all blocks; names as text, so that categories of one block do not meet those of another."""
+    names = ["id", "compound", "moa", "plate", "well"]
+    parts = [
+        pa.Table.from_pydict(
+            {
+                **{name: pa.array(table[name].astype(object), pa.string(), from_pandas=True) for name in names},
+                "n_cells": pa.array(table["n_cells"], pa.int32(), from_pandas=True),
+            }
+        )
+        for table in tables
+    ]
+    return pa.concat_tables(parts)
+
+
+def _annotation(screen: Screen) -> tuple[dict[WellKey, str], dict[str, str | None]]:
+    """The compound of each well, and the MOA of each compound."""
+    plate_map = open_table(screen.plate_map, PLATE_MAP).to_pandas()
+    compounds = open_table(screen.compounds, COMPOUNDS, ["compound", "moa"]).to_pydict()
+    wells = map(WellKey, plate_map["plate"], plate_map["well"])
+    return dict(zip(wells, plate_map["compound"], strict=True)), dict(
+        zip(compounds["compound"], compounds["moa"], strict=True)
+    )
+
+
+def _blocks(rows: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
+    return (rows[start : start + _ROWS] for start in range(0, len(rows), _ROWS))
+
+
+def _ahead(function: Callable[[str], pa.Table], arguments: Iterable[str]) -> Iterator[pa.Table]:
+    """Results in order, a few computed ahead by threads."""
+    with ThreadPoolExecutor(_READERS) as pool:
+        waiting: deque[Future[pa.Table]] = deque()
+        for argument in arguments:
+            waiting.append(pool.submit(function, argument))
+            if len(waiting) > 2 * _READERS:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
