@@ -12,6 +12,7 @@ from pipelines.config import RunConfig
 from pipelines.inputs import Inputs, well_keys
 from pipelines.query import nearest_compounds, predict
 from pipelines.segment import open_calibration
+from pipelines.statistics import read_statistics, readable
 from pipelines.status import stage_table
 from pipelines.units import Counts
 from pipelines.vectors import read_embeddings, read_profiles
@@ -34,12 +35,18 @@ from storage_schemas.keys import TrackKey, WellKey
 from storage_schemas.screen import Manifest, Screen
 from storage_schemas.tables import CELLS, COMPOUNDS, PLATE_MAP, QUALITY, TRAINING_METRICS, open_table
 
-OUTPUT_VERSION = 4  # raised when the same configuration gives another page
+OUTPUT_VERSION = 5  # raised when the same configuration gives another page
 
 _MAPPED_CELLS = 20_000  # more would be one blot, and a heavy page
 _CLIPS = 600  # read for the page, which keeps the memory that they take in bounds
 _CELLS_OF_COMPOUND = 4  # shown at most
 _NEIGHBOURS = 5
+_MEASURES = {  # columns of the plate map that wells are coloured by
+    "n_cells": "cells in each well",
+    "normalised_precision": "activity of its treatment (normalised mAP)",
+    "control_distance": "distance of its treatment from the controls",
+    "bad_frames": "share of bad frames",
+}
 _WORST_SITES = 50  # listed beside the failed ones
 
 
@@ -87,13 +94,14 @@ def collect(screen: Screen, notes: Sequence[str] = ()) -> ReportData:
     maps = open_table(screen.plate_map, PLATE_MAP).to_pandas()
     maps = maps.merge(compounds[["compound", "moa"]], on="compound", how="left")
     judged = read_quality(well_keys(maps), screen)
+    activity = read_statistics(screen, "activity")
     keys, vectors, mapped = _mapped_vectors(screen, maps)
     return ReportData(
-        title=str(manifest.config.get("title", "Phenotypic screen")),
+        title=str(manifest.config.get("title") or screen.url.rstrip("/").rpartition("/")[2]),
         provenance=_provenance(screen, manifest),
         counts=stage_table(screen).query("stage != 'report'"),
-        plate_maps=_plate_maps(screen, maps, keys, judged),
-        plate_measures={"n_cells": "cells in each well", "bad_frames": "share of bad frames"},
+        plate_maps=_plate_maps(screen, maps, keys, judged, activity),
+        plate_measures=_MEASURES,
         quality=pd.DataFrame() if judged.empty else summarise(judged),
         quality_limits=_quality_limits(manifest, screen, judged),
         bad_sites=bad_sites(screen, judged),
@@ -102,6 +110,10 @@ def collect(screen: Screen, notes: Sequence[str] = ()) -> ReportData:
         mapped=mapped,
         evaluation=store.read_json(screen.evaluation) if store.exists(screen.evaluation) else {},
         similarity=_similarity(screen),
+        activity=readable(activity),
+        consistency=readable(read_statistics(screen, "consistency")),
+        doses=readable(read_statistics(screen, "doses")),
+        controls=readable(read_statistics(screen, "controls")),
         predictions=_predictions(screen),
         retrieval=nearest_compounds(screen, _NEIGHBOURS) if index_exists(screen.index) else pd.DataFrame(),
         examples=list(_examples(screen, maps, keys, vectors)) if mapped == "cell" else [],
@@ -219,7 +231,9 @@ def _mapped_vectors(screen: Screen, maps: pd.DataFrame) -> tuple[pd.DataFrame, n
     return pd.DataFrame({"plate": [], "well": []}, dtype=str), np.empty((0, 1), np.float32), "cell"
 
 
-def _plate_maps(screen: Screen, maps: pd.DataFrame, keys: pd.DataFrame, judged: pd.DataFrame) -> pd.DataFrame:
+def _plate_maps(
+    screen: Screen, maps: pd.DataFrame, keys: pd.DataFrame, judged: pd.DataFrame, activity: pd.DataFrame
+) -> pd.DataFrame:
     """A row a well with its number of embedded cells, missing where the well was not embedded, and what else is known.
 
     Of imported profiles the cells are as many as they say.
@@ -236,6 +250,11 @@ def _plate_maps(screen: Screen, maps: pd.DataFrame, keys: pd.DataFrame, judged: 
         frames = judged.drop_duplicates(["plate", "well", "site", "frame"])
         bad = frames.groupby(["plate", "well"])["bad"].mean().rename("bad_frames").reset_index()
         table = table.merge(bad, on=["plate", "well"], how="left")
+    if not activity.empty:
+        # A treatment's further columns, such as a time, may be none of the plate map's: its mean stands for all then.
+        by = [name for name in ("compound", "concentration", "unit") if name in activity]
+        of_treatment = activity.groupby(by, dropna=False)[["normalised_precision", "control_distance"]].mean()
+        table = table.merge(of_treatment.reset_index(), on=by, how="left")
     return table.dropna(axis=1, how="all")
 
 

@@ -75,6 +75,7 @@ def screen(compound: str = "drug A", n_rows: int = 2, n_columns: int = 3) -> Rep
         similarity=moa_similarity(rng.normal(size=(4, 5)), pd.Series(["fission", "fission", "fusion", None])),
         activity=pd.DataFrame({"compound": [compound], "map": [0.75], "p": [0.0123], "active": [True]}),
         consistency=pd.DataFrame({"moa": ["fission"], "map": [0.5]}),
+        doses=pd.DataFrame({"compound": [compound], "spearman": [0.9]}),
         controls=pd.DataFrame({"plate": ["p1"], "z_prime": [0.4]}),
         predictions=pd.DataFrame({"compound": [compound], "moa": ["fusion"], "share": [0.8]}),
         retrieval=pd.DataFrame(

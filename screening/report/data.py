@@ -50,6 +50,7 @@ class ReportData:
             (`matrices.moa_similarity`).
         activity: A row a compound: how its wells differ from the controls, and how likely that is by chance.
         consistency: A row a group of compounds, of one mechanism or target: whether they act alike.
+        doses: A row a compound: whether its effect grows with its dose.
         controls: A row a plate: how well its controls are told apart and how well replicates agree.
         predictions: A row a compound: the mechanism it is given, and how sure that is.
         retrieval: A row a neighbour: compound, moa, rank, neighbour, neighbour_moa, similarity
@@ -73,6 +74,7 @@ class ReportData:
     similarity: pd.DataFrame = field(default_factory=pd.DataFrame)
     activity: pd.DataFrame = field(default_factory=pd.DataFrame)
     consistency: pd.DataFrame = field(default_factory=pd.DataFrame)
+    doses: pd.DataFrame = field(default_factory=pd.DataFrame)
     controls: pd.DataFrame = field(default_factory=pd.DataFrame)
     predictions: pd.DataFrame = field(default_factory=pd.DataFrame)
     retrieval: pd.DataFrame = field(default_factory=pd.DataFrame)

@@ -119,12 +119,14 @@ def _plate(name: str, wells: pd.DataFrame, styles: Mapping[str, Group], controls
             group=styles[label],
             positive_control=record.get("role") == "positive_control",
         )
-    counts = wells["n_cells"].dropna() if "n_cells" in wells else pd.Series(dtype=float)
-    summary = f"{len(wells)} wells; " + (
-        f"{int(counts.sum()):,} cells, {int(counts.min()):,} to {int(counts.max()):,} a well"
-        if len(counts)
-        else "no well was measured"
-    )
+    summary = f"{len(wells)} wells"
+    if "n_cells" in wells:
+        counts = wells["n_cells"].dropna()
+        summary += (
+            f"; {int(counts.sum()):,} cells, {int(counts.min()):,} to {int(counts.max()):,} a well"
+            if len(counts)
+            else "; no well was measured"
+        )
     return Plate(name, [row_name(r) for r in range(n_rows)], grid, summary)
 
 
@@ -135,8 +137,9 @@ def _hover(well: Mapping[Any, Any], label: str) -> str:
         unit = well.get("unit")
         said.append(f"{cell(well['concentration']).text} {'' if missing(unit) else unit}".strip())
     said.append(label)
-    cells = number(well.get("n_cells"))
-    said.append("not measured" if cells is None else f"{cells:,.0f} cells")
+    if "n_cells" in well:
+        cells = number(well["n_cells"])
+        said.append("not measured" if cells is None else f"{cells:,.0f} cells")
     return ", ".join(said)
 
 

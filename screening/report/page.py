@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 
 import jinja2
+import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
@@ -17,7 +18,7 @@ from screening.report import clips
 from screening.report.curves import training_curves
 from screening.report.data import ReportData
 from screening.report.gallery import gallery
-from screening.report.groups import control_compounds, groups, mechanisms, used
+from screening.report.groups import Group, control_compounds, groups, mechanisms, natural, used
 from screening.report.heatmaps import INKS, SCALE, plates
 from screening.report.held_out import TESTS, USUAL_TESTS, held_out_test
 from screening.report.points import point_map
@@ -98,6 +99,7 @@ def render(data: ReportData, *, live: Live | None = None) -> str:
         similarity=_matrix(data.similarity, styles),
         activity=table(data.activity, "activity", "How each compound differs from the negative controls"),
         consistency=table(data.consistency, "consistency", "Whether compounds of one mechanism or target act alike"),
+        doses=table(data.doses, "doses", "Whether the effect of each compound grows with its dose"),
         controls=table(data.controls, "controls", "Controls and replicates of each plate"),
         predictions=table(data.predictions, "predictions", "The mechanism that each compound is given"),
         retrieval=table(mark_matches(data.retrieval), "neighbours", "Nearest compounds"),
@@ -137,11 +139,11 @@ def _tiles(data: ReportData) -> list[tuple[str, str]]:
         return int(rows[column].nunique()) if column in rows else 0
 
     treated = wells[wells["role"] != "negative_control"] if "role" in wells else wells
-    cells = int(wells["n_cells"].sum()) if "n_cells" in wells else 0
+    cells = [(int(wells["n_cells"].sum()), "cell", "cells")] if "n_cells" in wells else []
     tiles = [
         (distinct("plate"), "plate", "plates"),
         (len(wells), "well", "wells"),
-        (cells, "cell", "cells"),
+        *cells,
         (distinct("compound", treated), "compound", "compounds"),
         (distinct("moa", treated), "known mechanism", "known mechanisms"),
     ]
@@ -157,12 +159,13 @@ def _facts(provenance: Mapping[str, object]) -> list[_Fact]:
     return facts
 
 
-def _matrix(similarity: pd.DataFrame, styles: Mapping[str, object]) -> _Matrix | None:
+def _matrix(similarity: pd.DataFrame, styles: Mapping[str, Group]) -> _Matrix | None:
     if similarity.empty:
         return None
-    codes = {name: getattr(styles.get(name), "code", "") for name in map(str, similarity.index)}
-    rows = [[None if pd.isna(value) else float(value) for value in row] for row in similarity.to_numpy(dtype=float)]
-    return _Matrix([(code, name) for name, code in codes.items()], rows)
+    names = sorted(similarity.index, key=natural)
+    values = similarity.loc[names, names].to_numpy(dtype=float)
+    rows = [[None if np.isnan(value) else float(value) for value in row] for row in values]
+    return _Matrix([(styles[name].code if name in styles else "", name) for name in names], rows)
 
 
 def _script(live: Live | None) -> str:
