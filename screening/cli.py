@@ -349,6 +349,33 @@ def report(
 
 
 @app.command()
+def serve(
+    screen: ScreenArgument,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; any that others can reach makes a token be asked for.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0 for any that is free.")] = 8000,
+    token: Annotated[
+        str | None,
+        typer.Option(envvar="SCREENING_TOKEN", help="What must come with every request; made up where it is needed."),
+    ] = None,
+    max_upload: Annotated[int, typer.Option(min=1, help="Largest file that is taken, MiB.")] = 64,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(help="A further name that the server is called by, as behind a proxy; repeatable."),
+    ] = None,
+) -> None:
+    """Show the report of a screen in a browser, with a form to ask it. Ctrl-C stops it.
+
+    It reads the screen and writes nothing. What is sent is not encrypted.
+    """
+    from pipelines.serve import open_server
+    from pipelines.serve import serve as run_server
+
+    run_server(open_server(screen, host, port, token, max_upload * 2**20, allow_host or ()), typer.echo)
+
+
+@app.command()
 def sweep(
     config: ConfigArgument,
     out: Annotated[str, typer.Option(help="Folder or URL of the sweep.", show_default=False)],

@@ -1,0 +1,112 @@
+"""Vectors from a file that somebody sends: Parquet or NumPy, read with nothing in it trusted.
+
+Nothing is unpickled, and a file cannot claim more than it holds: sizes are checked before memory is taken for them.
+"""
+
+from __future__ import annotations
+
+import io
+import tokenize
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from storage_schemas.errors import InputError
+
+MAX_ROWS = 1000
+"""Vectors in one file: each is a question of its own."""
+MAX_NUMBERS = 2**24
+"""Numbers in one file, once it is decompressed: a Parquet table of a few KB may claim as many as it likes."""
+
+_VECTOR_COLUMNS = ("embedding", "profile", "vector")
+
+
+def read_vectors(content: bytes) -> npt.NDArray[np.float32]:
+    """The (q, D) vectors of a file, from its bytes.
+
+    Args:
+        content: a NumPy file (``.npy``) of a matrix of numbers; or a Parquet table with a column ``embedding``,
+            ``profile`` or ``vector`` of lists of equal length, as the tables of a screen have.
+
+    Raises:
+        InputError: anything else, more than :data:`MAX_ROWS` vectors, or numbers that are not finite.
+    """
+    if content.startswith(b"\x93NUMPY"):
+        found = _read_npy(content)
+    elif content.startswith(b"PAR1"):
+        found = _read_parquet(content)
+    else:
+        raise InputError("the file is neither Parquet nor NumPy (.npy)")
+    if found.ndim != 2 or not found.size:
+        raise InputError(f"the file holds numbers of shape {found.shape}; expected (vectors, dimensions)")
+    _check_rows(len(found))
+    vectors = np.ascontiguousarray(found, np.float32)
+    if not np.isfinite(vectors).all():
+        raise InputError("the file holds numbers that are not finite")
+    return vectors
+
+
+def _check_rows(n: int) -> None:
+    if n > MAX_ROWS:
+        raise InputError(f"the file holds {n:,} vectors; ask with {MAX_ROWS:,} at a time at most")
+
+
+def _check_size(metadata: pq.FileMetaData, name: str) -> None:
+    """Refuse a column that would take much more memory than its file."""
+    numbers = size = 0
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            if column.path_in_schema.partition(".")[0] == name:
+                numbers += column.num_values
+                size += column.total_uncompressed_size
+    if max(numbers, size // 8) > MAX_NUMBERS:
+        raise InputError(f"the column {name!r} holds {numbers:,} numbers; at most {MAX_NUMBERS:,} are taken")
+
+
+def _read_npy(content: bytes) -> npt.NDArray[Any]:
+    stream = io.BytesIO(content)
+    try:
+        version = np.lib.format.read_magic(stream)
+        read_header = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[version]
+        shape, fortran, dtype = read_header(stream)
+    except (ValueError, KeyError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError) as error:
+        raise InputError(f"the NumPy file cannot be read: {error}") from error
+    if dtype.kind not in "fiu" or len(shape) != 2:
+        raise InputError(f"the NumPy file holds {dtype} of shape {shape}; expected a matrix of numbers")
+    _check_rows(shape[0])
+    start = stream.tell()
+    # As Python's integers, which do not overflow.
+    if int(shape[0]) * int(shape[1]) * dtype.itemsize != len(content) - start:
+        raise InputError(f"the NumPy file is truncated or damaged: it does not hold {shape} numbers of {dtype}")
+    return np.frombuffer(content, dtype, offset=start).reshape(shape, order="F" if fortran else "C")
+
+
+def _read_parquet(content: bytes) -> npt.NDArray[Any]:
+    try:
+        file = pq.ParquetFile(pa.BufferReader(content))
+        _check_rows(file.metadata.num_rows)
+        names = [name for name in _VECTOR_COLUMNS if name in file.schema_arrow.names]
+        if not names:
+            raise InputError(f"the Parquet table has none of the columns {', '.join(_VECTOR_COLUMNS)}")
+        _check_size(file.metadata, names[0])
+        column = file.read(columns=names[:1]).column(0).combine_chunks()
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"the Parquet table cannot be read: {error}") from error
+    if not pa.types.is_list(column.type) and not pa.types.is_fixed_size_list(column.type):
+        raise InputError(f"the column {names[0]!r} holds {column.type}; expected lists of numbers")
+    values = column.flatten()
+    if column.null_count or values.null_count or not pa.types.is_floating(values.type):
+        raise InputError(f"the column {names[0]!r} must hold lists of floating-point numbers without gaps")
+    if not len(column) or len(values) % len(column):
+        raise InputError(f"the lists of the column {names[0]!r} are not of one length")
+    lengths = column.value_lengths().unique() if pa.types.is_list(column.type) else [column.type.list_size]
+    if len(lengths) != 1:
+        raise InputError(f"the lists of the column {names[0]!r} are not of one length")
+    flat: npt.NDArray[Any] = values.to_numpy(zero_copy_only=False)
+    return flat.reshape(len(column), -1)
