@@ -72,7 +72,7 @@ def write_profiles(screen: Screen, config: ProfilesConfig, fingerprint: str) -> 
     """
     metadata, raw = read_profiles(screen, processed=False)
     names = feature_names(screen, raw.shape[1])
-    done = process(raw, metadata, config.recipe, names)
+    done = process(raw, metadata, config.recipe, names, overwrite=True)
     del raw
     dimension = done.values.shape[1]
     wells = metadata[["plate", "well", "compound", "role", "n_cells"]]

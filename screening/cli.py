@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable, Mapping
 from enum import IntEnum, StrEnum
 from importlib.metadata import version
 from pathlib import Path
@@ -73,6 +74,15 @@ class LevelName(StrEnum):
     compound = "compound"
     well = "well"
     cell = "cell"
+
+
+class ConsensusName(StrEnum):
+    """How replicates are summed up."""
+
+    mean = "mean"
+    median = "median"
+    trimmed_mean = "trimmed_mean"
+    modz = "modz"
 
 
 class StatisticsName(StrEnum):
@@ -595,6 +605,137 @@ def config() -> None:
     from pipelines.config import commented_default
 
     typer.echo(commented_default(), nl=False)
+
+
+profiles_app = typer.Typer(no_args_is_help=True, help="Profiles made elsewhere, and which recipe suits profiles best.")
+app.add_typer(profiles_app, name="profiles")
+
+RecipeHelp = (
+    "raw, standardised, robust, sphered, tvn, contrasted, or a YAML mapping such as '{method: sphered, limit: 4}'"
+)
+ConsensusOption = Annotated[ConsensusName, typer.Option(help="How wells are summed up to treatments and compounds.")]
+
+
+@profiles_app.command("import")
+def import_profiles(
+    tables: Annotated[
+        list[str], typer.Argument(help="Tables of one kind: .csv, .csv.gz, .parquet or .h5ad.", show_default=False)
+    ],
+    screen: Annotated[str, typer.Option(help="Folder or URL of the screen to write.", show_default=False)],
+    meanings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--map",
+            metavar="KEY=COLUMN",
+            help="What a column means, of plate, well, compound, concentration, unit, replicate, moa, target, time, "
+            "cell_line, batch, smiles, inchikey, cas, name; joined columns are A+B; repeatable. The rest is guessed.",
+        ),
+    ] = None,
+    control: Annotated[
+        list[str] | None,
+        typer.Option(metavar="VALUE", help="Negative control: a compound, or COLUMN=VALUE; repeatable."),
+    ] = None,
+    positive_control: Annotated[
+        list[str] | None, typer.Option(metavar="VALUE", help="Positive control likewise.")
+    ] = None,
+    features: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Measurements, * for anything; by default what looks like them."),
+    ] = None,
+    compounds: Annotated[str | None, typer.Option(help="Table of compounds with their MOA, target, SMILES, …")] = None,
+    recipe: Annotated[str, typer.Option(help=f"What is done with the profiles: {RecipeHelp}.")] = "sphered",
+    consensus: ConsensusOption = ConsensusName.mean,
+    update: Annotated[bool, typer.Option("--update", help="Replace profiles that were imported before.")] = False,
+) -> None:
+    """Make a screen of tables of profiles that other software wrote, such as CellProfiler and pycytominer.
+
+    Every command on profiles then works on it. What each column was taken for is printed.
+    """
+    from pipelines.evaluate_recipes import parse_recipe
+    from pipelines.import_profiles import ImportProfilesConfig, parse_meanings
+    from pipelines.import_profiles import import_profiles as bring_in
+    from screening.profiles import ProfilesConfig
+    from storage_schemas import store
+
+    config = ImportProfilesConfig(
+        tables=tuple(map(store.absolute, tables)),
+        columns=parse_meanings(meanings or ()),
+        controls=tuple(control or ()),
+        positive_controls=tuple(positive_control or ()),
+        features=tuple(features or ()),
+        compounds=None if compounds is None else store.absolute(compounds),
+        profiles=ProfilesConfig.model_validate(
+            {"recipe": parse_recipe(recipe), "consensus": {"method": consensus.value}}
+        ),
+    )
+    done = bring_in(screen, config, update=update)
+    _print(done.meaning, Format.table)
+    _say_counts(screen, done.counts, done.notes)
+
+
+@profiles_app.command("process")
+def process_profiles(
+    screen: ScreenArgument,
+    recipe: Annotated[str, typer.Option(help=f"{RecipeHelp}.")] = "sphered",
+    consensus: ConsensusOption = ConsensusName.mean,
+) -> None:
+    """Take imported profiles through another recipe, and index them again."""
+    from pipelines.evaluate_recipes import parse_recipe
+    from pipelines.import_profiles import reprocess
+    from screening.profiles import ProfilesConfig
+
+    chosen = {"recipe": parse_recipe(recipe), "consensus": {"method": consensus.value}}
+    _say_counts(screen, *reprocess(screen, ProfilesConfig.model_validate(chosen)))
+
+
+@profiles_app.command("evaluate")
+def evaluate_profiles(
+    screen: ScreenArgument,
+    recipe: Annotated[list[str] | None, typer.Option(help=f"all, {RecipeHelp}; repeatable.")] = None,
+    match: Annotated[
+        str, typer.Option(help="What replicates share, with commas; of these, what the metadata have.")
+    ] = "compound,concentration,unit,time,cell_line",
+    across: Annotated[str, typer.Option(help="Replicates are looked up among wells of another one.")] = "plate",
+    label: Annotated[str, typer.Option("--class", help="Column with the classes of compounds.")] = "moa",
+    linear: Annotated[
+        bool, typer.Option("--linear", help="Tell classes by linear discriminants too; slow with many classes.")
+    ] = False,
+    consensus: ConsensusOption = ConsensusName.mean,
+    out: Annotated[str | None, typer.Option(help="Also write the scores here: .parquet or .json.")] = None,
+    output: FormatOption = Format.table,
+) -> None:
+    """Which recipe suits these profiles? Each is followed from the raw profiles on and tested.
+
+    Does a well find its replicates on other plates, and a treatment its class by other compounds? Each number stands
+    with its 95 % interval over compounds; the last row is chance.
+    """
+    from pipelines.evaluate_recipes import evaluate_recipes, parse_recipes, wide, write_scores
+    from screening.profiles import ProfilesConfig
+    from screening.recipe_evaluation import RecipeEvaluationConfig
+    from storage_schemas.screen import Screen
+
+    config = RecipeEvaluationConfig(
+        match=tuple(match.split(",")), across=across, label=label, linear_folds=10 if linear else 0
+    )
+    how = ProfilesConfig.model_validate({"consensus": {"method": consensus.value}}).consensus
+    found = evaluate_recipes(Screen.open(screen), parse_recipes(recipe or ["all"]), config, how)
+    if out is not None:
+        write_scores(out, found)
+    if output is not Format.table:
+        _print(found.scores, output)
+        return
+    _print(wide(found.scores), output)
+    first = found.scores.drop_duplicates("test")
+    for test in first.itertuples():
+        typer.echo(f"{test.test}: {test.n_queries:,} looked up, {test.n_left_out:,} had nothing to find")
+    for note in found.notes:
+        typer.echo(f"note: {note}")
+
+
+def _say_counts(screen: str, counts: Mapping[str, int], notes: Iterable[str]) -> None:
+    typer.echo(f"{screen}: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
+    for note in notes:
+        typer.echo(f"note: {note}")
 
 
 def _whole_numbers(text: str, option: str) -> list[int]:

@@ -33,7 +33,7 @@ Reference = Literal["controls", "plate"]
 _MAD_TO_SD = 1.4826
 
 # Rows and columns that are worked on at once in float64: the memory that is needed beyond the profiles themselves.
-_ROWS, _COLUMNS = 4096, 256
+_ROWS, _COLUMNS = 4096, 64
 
 # Measurements of where a cell lies and what it was numbered as, by their CellProfiler names: not of how it looks.
 _POSITIONS = (
@@ -412,7 +412,12 @@ class Processed:
 
 
 def process(
-    profiles: npt.NDArray[Any], wells: pd.DataFrame, recipe: Recipe, features: Sequence[str] | None = None
+    profiles: npt.NDArray[Any],
+    wells: pd.DataFrame,
+    recipe: Recipe,
+    features: Sequence[str] | None = None,
+    *,
+    overwrite: bool = False,
 ) -> Processed:
     """Take the profiles of wells through a recipe.
 
@@ -421,6 +426,7 @@ def process(
         wells: plate and role of each, and the column that a step ``align`` names.
         recipe: the steps.
         features: (D,) names; numbers by default.
+        overwrite: work on ``profiles`` itself where it is float32, rather than on a copy.
 
     Raises:
         InputError: if shapes do not fit, a plate has none of the reference wells, no feature is left, or there are too
@@ -432,7 +438,7 @@ def process(
         raise InputError(f"{len(names)} names for profiles of {profiles.shape[1]} features")
     wells = wells.reset_index(drop=True)
     state = Processed(
-        values=np.array(profiles, np.float32),
+        values=np.asarray(profiles, np.float32) if overwrite else np.array(profiles, np.float32),
         kept=np.arange(len(names)),
         excluded=np.full(len(names), "", object),
     )

@@ -23,6 +23,7 @@ from storage_schemas.errors import InputError, SchemaError
 from storage_schemas.keys import canonical_well, check_name
 
 _METADATA_KEY = b"screening"
+_GROUP_BYTES = 2**24
 
 ROLES = ("treatment", "negative_control", "positive_control")
 
@@ -504,8 +505,9 @@ def write_tables(url: str, tables: Iterable[pa.Table], form: TableForm, fingerpr
                     use_dictionary=[f.name for f in table.schema if pa.types.is_string(f.type)],
                     write_statistics=False,
                 )
-            # A fixed row group keeps readers' memory flat.
-            writer.write_table(table, row_group_size=20_000)
+            # A row group of limited size keeps readers' memory flat, whatever the rows are.
+            of_a_row = max(table.nbytes // max(len(table), 1), 1)
+            writer.write_table(table, row_group_size=min(20_000, max(_GROUP_BYTES // of_a_row, 1)))
             rows += len(table)
         if writer is None:
             raise SchemaError(url, f"a {form.name} table of no parts cannot be written")
