@@ -1,11 +1,12 @@
 """Does loading keep the training step busy? Steps a second through the real loader, beside batches held in memory.
 
-Run: ``python benchmarks/train_loading.py [CPUS]``. The network and the batches are those of the demo: a ResNet-10 of
-width 16, 8 identities with 4 clips of 3 × 8 × 64² each. The loader reads clips, augments them in a Ray actor and hands
-them over through Ray's object store, as in `screening train`; in memory lie the same batches, read before. Both train
-in this process and take turns, the held batches before and after the loaded ones. Shares of the speed are of seconds on
-the clock, which other work on the machine disturbs; the share of the time that a step waits for its batch says the same
-and is disturbed less. In the first epoch clips come from Zarr, later from the reader's cache.
+Run: ``python benchmarks/train_loading.py [CPUS]``. Once with the network and the batches of the demo, a ResNet-10 of
+width 16, and once with MitoReID's, a ResNet-18 of width 64 and clips of 16 × 112². The loader reads clips, augments
+them in a Ray actor and hands them over through Ray's object store, as in `screening train`; in memory lie the same
+batches, read before. Both train in this process and take turns, the held batches before and after the loaded ones.
+Shares of the speed are of seconds on the clock, which other work on the machine disturbs; the share of the time that a
+step waits for its batch says the same and is disturbed less. In the first epoch clips come from Zarr, later from the
+reader's cache.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,24 +32,53 @@ from screening.initialisation import RandomWeights
 from screening.training import Normalisation, TrainConfig, TrainingState
 from storage_schemas.clips import write_clips
 
-SHAPE = (3, 8, 64, 64)
-WELLS, CLIPS, CLASSES = 32, 15, 8
-STEPS, ROUNDS = 20, 3
+CLASSES, ROUNDS = 8, 3
 
 
-def job(folder: str, threads: int) -> train._Job:
+@dataclass(frozen=True)
+class Case:
+    """What is trained on what.
+
+    Attributes:
+        model: the network.
+        shape: (C, T, H, W) of a clip.
+        wells: arrays that clips lie in.
+        clips: of each.
+        p: identities a batch.
+        k: clips an identity.
+        steps: that are timed together.
+    """
+
+    model: ModelConfig
+    shape: tuple[int, int, int, int]
+    wells: int
+    clips: int
+    p: int
+    k: int
+    steps: int
+
+
+CASES = (
+    Case(ModelConfig(depth=10, width=16), (3, 8, 64, 64), wells=32, clips=15, p=8, k=4, steps=20),
+    Case(ModelConfig(depth=18, width=64), (3, 16, 112, 112), wells=16, clips=2, p=4, k=2, steps=4),
+)
+
+
+def job(case: Case, folder: str, threads: int) -> train._Job:
     """A training on clips of noise."""
     rng = np.random.default_rng(0)
-    urls = [f"{folder}/{well}.zarr" for well in range(WELLS)]
+    urls = [f"{folder}/{well}.zarr" for well in range(case.wells)]
     for url in urls:
-        write_clips(url, rng.poisson(20, (CLIPS, *SHAPE)).astype(np.uint8), ["a", "b", "c"], range(SHAPE[1]))
-    n = np.arange(WELLS * CLIPS)
-    clips = ClipTable(np.repeat(np.array(urls, object), CLIPS), n % CLIPS, n // CLIPS % CLASSES, n.astype(object))
+        pixels = rng.poisson(20, (case.clips, *case.shape)).astype(np.uint8)
+        write_clips(url, pixels, ["a", "b", "c"], range(case.shape[1]))
+    n = np.arange(case.wells * case.clips)
+    where = np.repeat(np.array(urls, object), case.clips)
+    clips = ClipTable(where, n % case.clips, n // case.clips % CLASSES, n.astype(object))
     # So many epochs that the loader never comes to an end.
-    config = TrainConfig(epochs=100, p=8, k=4)
+    config = TrainConfig(epochs=100, p=case.p, k=case.k)
     nothing = clips.take(np.arange(0))
     return train._Job(
-        model=ModelConfig(depth=10, width=16),
+        model=case.model,
         initial=RandomWeights(),
         phases=(train._Phase("train", config, clips, tuple(map(str, range(CLASSES)))),),
         augment=AugmentConfig(),
@@ -55,7 +87,7 @@ def job(folder: str, threads: int) -> train._Job:
         gallery=nothing,
         groups={},
         channels=("a", "b", "c"),
-        n_frames=SHAPE[1],
+        n_frames=case.shape[1],
         normalisation=Normalisation(mean=(0.08,) * 3, std=(0.02,) * 3),
         threads=threads,
         readers=1,
@@ -65,7 +97,7 @@ def job(folder: str, threads: int) -> train._Job:
     )
 
 
-def timed(state: TrainingState, batches: Iterator[dict], steps: int) -> tuple[float, float]:
+def timed(state: TrainingState, batches: Iterator[dict[str, Any]], steps: int) -> tuple[float, float]:
     """Steps a second, and the share of the time that was spent waiting for batches."""
     waited = 0.0
     start = time.perf_counter()
@@ -78,35 +110,29 @@ def timed(state: TrainingState, batches: Iterator[dict], steps: int) -> tuple[fl
     return steps / seconds, waited / seconds
 
 
-def main(cpus: int) -> None:
+def measure(case: Case, cpus: int) -> None:
     """Print a row a round and the median share."""
-    torch.set_num_threads(cpus)
-    with tempfile.TemporaryDirectory() as folder, cluster(ResourcesConfig(cpus=cpus, object_store_mb=256)):
-        made = job(folder, cpus)
+    with tempfile.TemporaryDirectory() as folder:
+        made = job(case, folder, cpus)
         (phase,) = made.phases
-        state = TrainingState.make(
-            made.model,
-            phase.config,
-            made.normalisation,
-            n_classes=CLASSES,
-            steps_per_epoch=len(train._plan(made, phase, 0)),
-            seed=0,
-        )
         epoch = len(train._plan(made, phase, 0))
+        state = TrainingState.make(
+            made.model, phase.config, made.normalisation, n_classes=CLASSES, steps_per_epoch=epoch, seed=0
+        )
         loader = train._batches(made, phase, 0, 0, 1)
-        held = [next(loader) for _ in range(STEPS)]
+        held = [next(loader) for _ in range(case.steps)]
         loader.close()
         timed(state, iter(held), 3)
-        print(f"{phase.config.p * phase.config.k} clips of {SHAPE} a step, {cpus} CPU(s), torch {torch.__version__}")
+        print(f"{case.p * case.k} clips of {case.shape} a step, ResNet-{case.model.depth} of width {case.model.width}")
         shares, waits = [], []
-        before, _ = timed(state, iter(held), STEPS)
+        before, _ = timed(state, iter(held), case.steps)
         for _ in range(ROUNDS):
             loader = train._batches(made, phase, 0, 0, 1)
             next(loader)  # which waits for the actor's start
             _, waited_first = timed(state, loader, epoch)
-            loaded, waited = timed(state, loader, STEPS)
+            loaded, waited = timed(state, loader, case.steps)
             loader.close()
-            after, _ = timed(state, iter(held), STEPS)
+            after, _ = timed(state, iter(held), case.steps)
             shares.append(loaded / statistics.mean([before, after]))
             waits.append(waited)
             print(
@@ -117,6 +143,15 @@ def main(cpus: int) -> None:
             before = after
         print(f"median share of the speed in memory {statistics.median(shares):.0%}, not waiting", end=" ")
         print(f"{1 - statistics.median(waits):.1%} of the time")
+
+
+def main(cpus: int) -> None:
+    """Measure all cases."""
+    torch.set_num_threads(cpus)
+    print(f"{cpus} CPU(s), torch {torch.__version__}")
+    with cluster(ResourcesConfig(cpus=cpus, object_store_mb=256)):
+        for case in CASES:
+            measure(case, cpus)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import islice
 from typing import Any, Self
 
 import cv2
@@ -180,7 +180,7 @@ class BatchStream:
         actor = ray.remote(**where, max_restarts=-1, max_task_retries=-1)(BatchReader)
         shared = ray.put(sources)
         self._readers = [actor.remote(shared, config, cache_bytes) for _ in range(readers)]
-        self._turns = cycle(self._readers)
+        self._next_reader = 0
         self._rows = iter(rows)
         self._ahead: deque[ray.ObjectRef[dict[str, Any]]] = deque()
         try:
@@ -215,11 +215,11 @@ class BatchStream:
         return {**batch, "clips": batch["clips"].copy(), "label": batch["label"].copy()}
 
     def close(self) -> None:
-        """Stop the readers."""
+        """Let go of the readers, which end when they have read what they were asked for."""
         self._ahead.clear()
-        for reader in self._readers:
-            ray.kill(reader)
+        self._readers.clear()
 
     def _ask(self, count: int) -> None:
         for row in islice(self._rows, count):
-            self._ahead.append(next(self._turns).read.remote(row))
+            self._ahead.append(self._readers[self._next_reader].read.remote(row))
+            self._next_reader = (self._next_reader + 1) % len(self._readers)
