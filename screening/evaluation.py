@@ -23,6 +23,7 @@ from storage_schemas.base import Config
 from storage_schemas.errors import InputError
 
 _INTERVAL = (0.025, 0.975)
+_ROC_POINTS = 101
 
 ALL_MOAS = "all MOAs"
 
@@ -130,8 +131,10 @@ def evaluate(query: Cells, gallery: Cells, config: EvaluationConfig, rng: np.ran
         (queries and gallery cells without an MOA, queries without a match); ``cmc`` and
         ``cmc_chance``, ``max_rank`` shares each; ``confusion``: ``moas``, ``compounds`` (counts,
         [true][voted]) and ``neighbours`` (share of a true MOA's cells whose nearest cell is of the
-        other MOA, None for an MOA that was not queried); ``note``, which says why values are None,
-        or None; ``contrasts``: the same for every set of MOAs, by ``"A vs B"``.
+        other MOA, None for an MOA that was not queried); ``roc``: ``fpr`` and ``tpr``, the ROC curve
+        of ``auc``, averaged over the MOAs at equal shares of false positives (Fawcett 2006, "An
+        introduction to ROC analysis"), or None where there is no AUC; ``note``, which says why
+        values are None, or None; ``contrasts``: the same for every set of MOAs, by ``"A vs B"``.
 
     Raises:
         InputError: embeddings that are not finite or whose dimensions differ.
@@ -212,7 +215,8 @@ def _score(query: Cells, gallery: Cells, config: EvaluationConfig, rng: np.rando
     chosen = votes.drop_duplicates("compound")["moa"].to_numpy()
     chance_curve, chance = _chances(ranking, counted, compound_code, config.ranks, depth)
     sums = _sums(ranking, counted, compound_code, true == chosen, config)
-    wins = _wins(votes, true)
+    scores_of = _places(votes)
+    wins = _wins(scores_of, true)
     values = _weighted(sums, wins, np.ones((1, len(compounds))))[0]
     low = high = np.full(len(values), np.nan)
     if len(compounds) > 1:
@@ -229,6 +233,7 @@ def _score(query: Cells, gallery: Cells, config: EvaluationConfig, rng: np.rando
         "cmc": ranking.cmc[: config.max_rank].tolist(),
         "cmc_chance": chance_curve[: config.max_rank].tolist(),
         "confusion": _confusion(true, chosen, query.moa, gallery.moa[nearest], gallery.moa),
+        "roc": _roc(scores_of, true) if wins else None,
         "note": _note(len(compounds), bool(wins)),
     }
 
@@ -276,18 +281,45 @@ def _sums(
     )
 
 
-def _wins(votes: pd.DataFrame, true: npt.NDArray[Any]) -> list[_Wins]:
-    """Comparisons for every MOA of the queries; none where there is but one.
+def _places(votes: pd.DataFrame) -> pd.DataFrame:
+    """Scores of compounds (rows, in order of appearance) for MOAs (columns): whole numbers in the order of (share,
+    nearness), equal where both are.
 
     Args:
         votes: as :func:`screening.prediction.tally` gives them.
-        true: MOA of each compound, in order of appearance.
     """
-    # Whole numbers in the order of (share, nearness), equal where both are.
     keys = np.column_stack([votes["share"], -votes["mean_distance"].fillna(np.inf)])
     place = np.unique(keys, axis=0, return_inverse=True)[1].ravel()
     scores = votes.assign(place=place).pivot(index="compound", columns="moa", values="place")
-    scores = scores.loc[votes["compound"].unique()]
+    return scores.loc[votes["compound"].unique()]
+
+
+def _roc(scores: pd.DataFrame, true: npt.NDArray[Any]) -> dict[str, list[float]]:
+    """The curves of all MOAs that have one, averaged at :data:`_ROC_POINTS` equal steps of false positives."""
+    grid = np.linspace(0, 1, _ROC_POINTS).round(12)
+    curves = []
+    for moa in pd.unique(true):
+        own = true == moa
+        score = scores[moa].to_numpy()
+        levels = np.sort(np.unique(score))[::-1]
+        hits, alarms = ((score[part, None] >= levels).mean(axis=0) for part in (own, ~own))
+        tpr, fpr = np.concatenate([[0.0], hits]), np.concatenate([[0.0], alarms]).round(12)
+        # The last point that is not to the right: the top of the step where the curve is steep.
+        left = np.searchsorted(fpr, grid, side="right") - 1
+        right = np.minimum(left + 1, len(fpr) - 1)
+        width = fpr[right] - fpr[left]
+        way = np.divide(grid - fpr[left], width, out=np.zeros_like(grid), where=width > 0)
+        curves.append(tpr[left] + way * (tpr[right] - tpr[left]))
+    return {"fpr": grid.tolist(), "tpr": np.mean(curves, axis=0).tolist()}
+
+
+def _wins(scores: pd.DataFrame, true: npt.NDArray[Any]) -> list[_Wins]:
+    """Comparisons for every MOA of the queries; none where there is but one.
+
+    Args:
+        scores: of :func:`_places`.
+        true: MOA of each compound, in order of appearance.
+    """
     found = []
     for moa in pd.unique(true):
         is_own = true == moa
@@ -415,5 +447,6 @@ def _empty(config: EvaluationConfig, n_gallery: int, left_out: dict[str, int], n
         "cmc": [None] * config.max_rank,
         "cmc_chance": [None] * config.max_rank,
         "confusion": {"moas": [], "compounds": [], "neighbours": []},
+        "roc": None,
         "note": note,
     }

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from pydantic import ValidationError
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import roc_auc_score, roc_curve
 
 from screening import evaluation, retrieval
 from screening.evaluation import Cells, EvaluationConfig, evaluate
@@ -72,7 +72,8 @@ def test_auc_is_that_of_scikit_learn_on_the_order_of_the_votes(compounds: list[s
     rng = np.random.default_rng(11)
     query, gallery = cells(rng, 70, compounds, 4), cells(rng, 90, list(MOAS)[:-1], 4)
     config = EvaluationConfig(n_bootstrap=60)
-    auc = evaluate(query, gallery, config, np.random.default_rng(1))["auc"]
+    result = evaluate(query, gallery, config, np.random.default_rng(1))
+    auc = result["auc"]
     left = np.array([(c, p) for c, p in zip(query.compound, query.replicate, strict=True)])
     votes = []
     for name in compounds:
@@ -95,12 +96,26 @@ def test_auc_is_that_of_scikit_learn_on_the_order_of_the_votes(compounds: list[s
     assert auc["value"] == pytest.approx(np.mean(expected))
     assert auc["low"] <= auc["value"] <= auc["high"]
     assert auc["chance"] == 0.5
+    curves = [roc_curve([moa == m for m in true], [vote[moa] for vote in votes]) for moa in sorted(set(true))]
+    assert result["roc"]["fpr"] == pytest.approx(np.linspace(0, 1, 101))
+    for at, found in zip(*result["roc"].values(), strict=True):
+        assert found == pytest.approx(np.mean([height(at, fpr, tpr) for fpr, tpr, _ in curves]))
+
+
+def height(at: float, fpr: np.ndarray, tpr: np.ndarray) -> float:
+    """A ROC curve above a share of false positives, at the top where it is steep."""
+    before = max(i for i, share in enumerate(fpr) if share <= at + 1e-9)
+    if before == len(fpr) - 1 or abs(fpr[before] - at) < 1e-9:
+        return float(tpr[before])
+    share = (at - fpr[before]) / (fpr[before + 1] - fpr[before])
+    return float(tpr[before] + share * (tpr[before + 1] - tpr[before]))
 
 
 def test_one_mechanism_has_no_auc() -> None:
     rng = np.random.default_rng(12)
     result = evaluate(cells(rng, 20, ["c0", "c1"]), cells(rng, 30, ["c1", "c3"]), EvaluationConfig(), rng)
     assert result["auc"] == {"value": None, "low": None, "high": None, "chance": 0.5}
+    assert result["roc"] is None
     assert "one MOA only" in result["note"]
     assert result["rank1"]["low"] is not None
     check_json(result)
