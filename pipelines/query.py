@@ -1,4 +1,4 @@
-"""Asking a finished screen: what resembles this, and which mechanism do its cells vote for. No Ray, no torch."""
+"""Asking a finished screen: what resembles this. No Ray, no torch."""
 
 from __future__ import annotations
 
@@ -9,15 +9,12 @@ import numpy.typing as npt
 import pandas as pd
 
 from pipelines.indexing import open_level
-from screening import prediction, similarity
+from screening import similarity
 from screening.similarity import Index, Vectors
 from storage_schemas.errors import InputError, SchemaError
 from storage_schemas.index import Level, index_exists, read_ids, read_manifest
 from storage_schemas.keys import TrackKey, WellKey, canonical_well
 from storage_schemas.screen import Screen
-from storage_schemas.tables import SPLIT, open_table
-
-NO_EFFECT = "like the negative control"
 
 COLUMNS = ("rank", "id", "compound", "moa", "similarity")
 
@@ -242,53 +239,3 @@ def nearest_compounds(screen: Screen, k: int) -> pd.DataFrame:
         tables.append(found.drop(columns="id").assign(compound=compound, moa=moa))
     columns = ["compound", "moa", "rank", "neighbour", "neighbour_moa", "similarity"]
     return pd.concat(tables, ignore_index=True)[columns]
-
-
-def predict(screen: Screen, compound: str | None) -> pd.DataFrame:
-    """The mechanisms that a compound's cells vote for, by MitoReID's rule.
-
-    Each cell votes for the MOA of its nearest cell of another compound of known MOA, or for :data:`NO_EFFECT` where
-    that is a negative control: an inactive compound looks like the controls. Where the network was trained on the
-    compound itself, its vote is no test of the network: the column ``split`` says so; held-out compounds come first.
-
-    Args:
-        screen: a screen with embeddings.
-        compound: its id; all compounds but the negative controls by default, each with its first choice only.
-
-    Returns:
-        compound, moa, share of the votes, mean_distance (cosine), n_cells, true_moa (where known) and split.
-
-    Raises:
-        InputError: for an unknown compound, with names near it.
-    """
-    searcher = Searcher(screen)
-    ids = searcher.ids("cell").astype({"compound": object, "moa": object})
-    cells = searcher.index("cell").vectors
-    split = open_table(screen.split, SPLIT).to_pandas()
-    controls = set(split.loc[split["role"] == "negative_control", "compound"])
-    names = ids["compound"]
-    if compound is not None and compound not in set(names):
-        raise searcher._unknown("compound", compound, names)
-    if compound in controls:
-        raise InputError(f"{compound!r} is a negative control: it is what the others are compared with")
-    asked = (names == compound) if compound is not None else ~names.isin(controls)
-    moa = ids["moa"].mask(names.isin(controls), NO_EFFECT)
-    known = moa.notna().to_numpy()
-    if not known.any():
-        raise InputError(f"{screen.url}: no compound here has a known MOA: give them in the table of compounds")
-    votes = prediction.vote(
-        cells[asked.to_numpy()],
-        names[asked].to_numpy(object),
-        cells[known],
-        moa.to_numpy(object)[known],
-        names.to_numpy(object)[known],
-    )
-    if compound is None:
-        votes = votes.groupby("compound", sort=False).head(1)
-    first = split.sort_values(["plate", "well"]).groupby("compound")
-    part = first["split"].agg(lambda parts: "train" if "train" in set(parts) else parts.iloc[0])
-    votes = votes.assign(true_moa=votes["compound"].map(first["moa"].first()), split=votes["compound"].map(part))
-    order = {"test_compound": 0, "query": 0, "validation": 1, "unused": 2}
-    votes = votes.assign(order=votes["split"].map(order).fillna(3))
-    keys = ["order", "compound"] if compound is None else ["order"]
-    return votes.sort_values(keys, kind="stable").drop(columns="order").reset_index(drop=True)

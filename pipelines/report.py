@@ -10,7 +10,9 @@ import pandas as pd
 
 from pipelines.config import RunConfig
 from pipelines.inputs import Inputs, well_keys
-from pipelines.query import nearest_compounds, predict
+from pipelines.predict import predict
+from pipelines.predict import readable as readable_predictions
+from pipelines.query import nearest_compounds
 from pipelines.segment import open_calibration
 from pipelines.statistics import read_statistics, readable
 from pipelines.status import stage_table
@@ -281,10 +283,10 @@ def _similarity(screen: Screen) -> pd.DataFrame:
 
 def _predictions(screen: Screen) -> pd.DataFrame:
     """The first choice of every compound; nothing where there is none to choose from."""
-    if not (index_exists(screen.index) and store.exists(screen.split)):
+    if not store.exists(screen.profiles("raw")):
         return pd.DataFrame()
     try:
-        return predict(screen, None)
+        return readable_predictions(predict(screen).table)
     except InputError:  # No mechanism is known: the section says that none was predicted.
         return pd.DataFrame()
 

@@ -561,17 +561,29 @@ def predict(
     compound: Annotated[
         str | None, typer.Option(help="All its candidates; without it each compound's first choice.")
     ] = None,
+    level: Annotated[
+        LevelName | None, typer.Option(help="What votes; by default cells, or compounds where there are no cells.")
+    ] = None,
+    k: Annotated[
+        int | None, typer.Option("-k", min=1, help="Neighbours that each votes for: 1 of cells, else 5.")
+    ] = None,
     output: FormatOption = Format.table,
 ) -> None:
-    """Which mechanism of action do a compound's cells vote for?
+    """Which mechanism of action do a compound's cells or profiles vote for, and how sure is that?
 
-    Share of the votes, mean cosine distance (smaller is nearer) and whether the network was trained on the compound
-    (split); negative controls are a candidate, since an inactive compound looks like them.
+    Share of the votes, mean cosine distance (smaller is nearer), p-value and false discovery rate, and whether the
+    network was trained on the compound (split). The call may also be that it is like the negative control, or like
+    none of the known mechanisms.
     """
-    from pipelines.query import predict as vote
+    from pipelines.predict import PredictionConfig, readable
+    from pipelines.predict import predict as vote
     from storage_schemas.screen import Screen
 
-    _print(vote(Screen(screen), compound), output)
+    opened = Screen.open(screen)
+    found = vote(opened, compound, level.value if level else None, PredictionConfig(k=k))
+    _print(readable(found.table) if output is Format.table else found.table, output)
+    for note in found.notes if output is Format.table else ():
+        typer.echo(f"note: {note}")
 
 
 @app.command()

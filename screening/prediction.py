@@ -1,22 +1,25 @@
-"""Which mechanism of action (MOA) a compound's cells vote for.
+"""Which mechanism of action (MOA) a compound's cells or profiles vote for, and whether that could be chance.
 
 MitoReID's rule (Nature Computational Science 2024): each cell of a compound votes for the MOA of
 its nearest gallery cell by cosine distance; an MOA has a share of the votes and a mean cosine
-distance to the compound, and the MOAs are sorted by share, then by distance.
+distance to the compound, and the MOAs are sorted by share, then by distance. Profiles vote alike, for
+the MOAs of their k nearest.
 
-Shapes: n query cells, N gallery cells, D dimensions.
+Shapes: n query cells, N gallery cells, D dimensions; C compounds that ask, G that are voted for, M MOAs.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from screening.cosines import Floats, Ints
+from screening.cosines import COSINE_STEPS, Floats, Ints
 from screening.retrieval import Labels, Members, encode, nearest, unit_rows
+from screening.significance import at_least
 from storage_schemas.errors import InputError
 
 COLUMNS = ("compound", "moa", "share", "mean_distance", "n_cells")
@@ -80,7 +83,8 @@ def tally(
 
     Args:
         nearest_positions: (n,) gallery position of each cell's nearest candidate, -1 for none
-            (:func:`screening.retrieval.nearest` or the ``nearest`` of a Ranking).
+            (:func:`screening.retrieval.nearest` or the ``nearest`` of a Ranking), or (n, k) of the k nearest, all
+            of which get a vote.
         query: (n, D) embeddings.
         query_compound: (n,) compounds.
         query_group: (n,) groups; gallery cells of a cell's own group are not its candidates.
@@ -93,13 +97,13 @@ def tally(
         within the compound by share (descending), mean distance (ascending) and MOA:
         ``share`` of the compound's votes for the MOA (0 without votes), ``mean_distance`` over all
         pairs of a cell of the compound and a candidate of the MOA (cosine distance; NaN without
-        pairs), ``n_cells`` of the compound that had a candidate to vote for.
+        pairs), ``n_cells`` the votes of the compound: its cells that had a candidate.
     """
     compound_code, compounds = pd.factorize(_objects(query_compound), use_na_sentinel=False)
     moa_code, moas = pd.factorize(_objects(gallery_moa))
     votes = np.zeros((len(compounds), len(moas)))
-    voting = nearest_positions >= 0
-    np.add.at(votes, (compound_code[voting], moa_code[nearest_positions[voting]]), 1)
+    voter, position = _ballots(nearest_positions)
+    np.add.at(votes, (compound_code[voter], moa_code[position]), 1)
     n_cells = votes.sum(axis=1)
     if not votes.size:
         return _table(compounds, moas, votes, votes, n_cells)
@@ -112,6 +116,175 @@ def tally(
         shape=votes.shape,
     )
     return _table(compounds, moas, votes / np.maximum(n_cells, 1)[:, None], distance, n_cells)
+
+
+def k_nearest(query: npt.ArrayLike, query_group: Labels, gallery: npt.ArrayLike, gallery_group: Labels, k: int) -> Ints:
+    """Find the k nearest candidates of each of a few profiles, by cosine in float64, ties by position.
+
+    Returns:
+        (n, k) int64 gallery positions, nearest first; -1 where a profile has fewer candidates.
+
+    Raises:
+        InputError: k below 1, shapes that do not fit each other, or values that are not finite.
+    """
+    if k < 1:
+        raise InputError(f"k is {k}; ask for at least one neighbour")
+    asking, offered = unit_rows(query), unit_rows(gallery)
+    groups = encode(query_group, gallery_group, (len(asking), len(offered)), "group")
+    found = np.full((len(asking), k), -1)
+    for i, (row, group) in enumerate(zip(asking, groups[0], strict=True)):
+        candidates = np.flatnonzero(groups[1] != group)
+        steps = np.rint(offered[candidates] @ row * COSINE_STEPS)
+        closest = candidates[np.argsort(-steps, kind="stable")[:k]]
+        found[i, : closest.size] = closest
+    return found
+
+
+def shares_of_compounds(
+    nearest_positions: Ints, query_compound: Labels, gallery_compound: Labels
+) -> tuple[Floats, list[Any], list[Any]]:
+    """Count the votes for compounds rather than for their MOAs.
+
+    Args:
+        nearest_positions: as for :func:`tally`.
+        query_compound: (n,) compounds.
+        gallery_compound: (N,) compounds.
+
+    Returns:
+        (C, G) shares of a compound's votes that went to each compound, and the names of both in order of appearance.
+    """
+    asking, names = pd.factorize(_objects(query_compound), use_na_sentinel=False)
+    offered, known = pd.factorize(_objects(gallery_compound), use_na_sentinel=False)
+    votes = np.zeros((len(names), len(known)))
+    voter, position = _ballots(nearest_positions)
+    np.add.at(votes, (asking[voter], offered[position]), 1)
+    return votes / np.maximum(votes.sum(axis=1, keepdims=True), 1), list(names), list(known)
+
+
+def share_p_values(
+    shares: Floats, own: Sequence[int | None], moa: Sequence[str | None], n_permutations: int = 10_000, seed: int = 0
+) -> tuple[Floats, list[str]]:
+    """How often would an MOA get as many votes if the gallery's compounds had each other's MOAs?
+
+    Compounds are relabelled and not cells, which are no independent evidence. Where all compounds that are voted for
+    have the same share the p-value is exact (hypergeometric), else it is ``(count + 1) / (relabelings + 1)``.
+
+    Args:
+        shares: (C, G) of the votes of each compound for those of the gallery.
+        own: (C,) which of the gallery the compound itself is, whose MOA is not dealt; None if it is not there.
+        moa: (G,) of the gallery's compounds; None for what keeps its place, such as negative controls.
+        n_permutations: relabelings.
+        seed: of these.
+
+    Returns:
+        (C, M) p-values, 1 without votes; and the MOAs, sorted.
+    """
+    from screening.relabelings import count_shares
+    from screening.significance import TIE, arrangements
+
+    names = sorted({each for each in moa if each is not None})
+    code = np.array([-1 if each is None else names.index(each) for each in moa], np.int64)
+    p = np.ones((len(shares), len(names)))
+    drawn: dict[int, npt.NDArray[np.int32]] = {}
+    for c, row in enumerate(shares):
+        dealt = code >= 0
+        if own[c] is not None:
+            dealt[own[c]] = False
+        voted = np.flatnonzero(dealt & (row > 0))
+        labels = np.sort(code[dealt])
+        observed = np.bincount(code[voted], row[voted], len(names)).astype(np.float64)
+        n = labels.size
+        got = np.flatnonzero(observed)
+        if np.ptp(row[voted]) <= TIE if voted.size else True:
+            for m in got:
+                p[c, m] = at_least(int((code[voted] == m).sum()), voted.size, int((labels == m).sum()), n)
+            continue
+        if n not in drawn or drawn[n].shape[1] < voted.size:
+            drawn[n] = arrangements(voted.size, n, n_permutations, (seed,))
+        weights = np.sort(row[voted])[::-1]
+        count = count_shares(weights, drawn[n], labels, observed, TIE)
+        p[c, got] = (count[got] + 1) / (n_permutations + 1)
+    return p, names
+
+
+class Novelty(NamedTuple):
+    """What is too far from all that is known.
+
+    Attributes:
+        similarity: (C,) of each compound to the nearest known one; NaN where there is none.
+        threshold: below it nothing is near enough; NaN where it could not be calibrated.
+        false_alarms: share of the compounds of known MOA that are below it, each without itself.
+        found: share of them that are below it without all compounds of their MOA: what an unknown MOA looks like.
+        controls: share of the pseudo-compounds made of negative controls that are not below it.
+        n_known: compounds that it was calibrated on.
+    """
+
+    similarity: Floats
+    threshold: float
+    false_alarms: float
+    found: float
+    controls: float
+    n_known: int
+
+
+def novelty(
+    profiles: npt.ArrayLike,
+    compound: Labels,
+    moa: Sequence[str | None],
+    controls: npt.ArrayLike,
+    false_alarms: float = 0.1,
+) -> Novelty:
+    """Tell compounds that resemble none of the known.
+
+    The threshold is the similarity that all but a share ``false_alarms`` of the compounds of known MOA have to the
+    nearest known compound. What it finds is measured with each MOA left out in turn.
+
+    Args:
+        profiles: (C, D) profiles of all compounds that ask.
+        compound: (C,) their names.
+        moa: (C,) what is known of them; None where nothing is.
+        controls: (p, D) profiles of negative controls, made like those of compounds.
+        false_alarms: share of known compounds that may be called unknown.
+
+    Raises:
+        InputError: shapes that do not fit each other, or values that are not finite.
+    """
+    unit = unit_rows(profiles)
+    names = _objects(compound)
+    labels = _objects(moa)
+    known = ~np.asarray(pd.isna(labels), bool)
+    gallery, gallery_names, gallery_moa = unit[known], names[known], labels[known]
+    similarity = _most_similar(unit, gallery, names[:, None] == gallery_names)
+    with_kin = np.array(
+        [np.sum((gallery_moa == m) & (gallery_names != n)) > 0 for m, n in zip(labels, names, strict=True)]
+    )
+    tested = known & with_kin
+    if not tested.any():
+        return Novelty(similarity, float("nan"), float("nan"), float("nan"), float("nan"), 0)
+    threshold = float(np.quantile(similarity[tested], false_alarms, method="lower"))
+    without_moa = _most_similar(unit[tested], gallery, labels[tested][:, None] == gallery_moa)
+    of_controls = _most_similar(unit_rows(controls), gallery, np.zeros((len(np.asarray(controls)), len(gallery)), bool))
+    return Novelty(
+        similarity,
+        threshold,
+        float((similarity[tested] < threshold).mean()),
+        float((~(without_moa >= threshold)).mean()),
+        float((of_controls >= threshold).mean()) if of_controls.size else float("nan"),
+        int(tested.sum()),
+    )
+
+
+def _most_similar(query: Floats, gallery: Floats, excluded: npt.NDArray[np.bool_]) -> Floats:
+    """(n,) cosine to the nearest of the gallery that is not excluded; NaN where all are."""
+    similarity = np.where(excluded, -np.inf, query @ gallery.T).max(axis=1, initial=-np.inf)
+    return np.where(np.isinf(similarity), np.nan, similarity)
+
+
+def _ballots(nearest_positions: Ints) -> tuple[Ints, Ints]:
+    """Who votes and for which gallery position, a pair a vote."""
+    positions = nearest_positions if nearest_positions.ndim == 2 else nearest_positions[:, None]
+    voter = np.nonzero(positions >= 0)[0]
+    return voter, positions[positions >= 0]
 
 
 def _mean_distances(
@@ -129,7 +302,7 @@ def _mean_distances(
     """
     query_group, gallery_group = groups
     of_compound, of_moa = Members(compound_code), Members(moa_code)
-    of_group = Members(gallery_group)
+    of_group = Members(gallery_group, query_group)
     compound_sum = np.array([_sum(query[of_compound.of(c)]) for c in range(shape[0])])
     moa_sum = np.array([_sum(gallery[of_moa.of(m)]) for m in range(shape[1])])
     similarity = compound_sum @ moa_sum.T

@@ -23,7 +23,7 @@ from screening.cosines import Floats
 from storage_schemas.errors import InputError
 
 # Scores nearer than this are equal: sums of the same numbers in another order.
-_TIE = 1e-12
+TIE = 1e-12
 
 ENRICHMENT_COLUMNS = ("label", "n_found", "n_drawn", "n_label", "n_total", "fold", "p_value", "q_value")
 
@@ -81,7 +81,7 @@ def arrangements(chosen: int, size: int, n_draws: int, seed: Sequence[int]) -> n
     Raises:
         InputError: more are to be chosen than there are.
     """
-    from screening.average_precision import shuffle  # compiled; a query need not wait for it
+    from screening.relabelings import shuffle  # compiled; a query need not wait for it
 
     if chosen > size:
         raise InputError(f"{chosen} entries cannot be chosen out of {size}")
@@ -104,7 +104,7 @@ def p_value(observed: float, null: npt.ArrayLike, complete: bool) -> float:
     scores = np.asarray(null, np.float64)
     if np.isnan(observed) or not scores.size:
         return float("nan")
-    count = int(np.count_nonzero(scores >= observed - _TIE))
+    count = int(np.count_nonzero(scores >= observed - TIE))
     return count / scores.size if complete else (count + 1) / (scores.size + 1)
 
 

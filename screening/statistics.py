@@ -22,9 +22,9 @@ import numpy.typing as npt
 import pandas as pd
 from pydantic import Field
 
-from screening.average_precision import UNIT, add_precisions, doubled_ranks
 from screening.cosines import COSINE_STEPS, Floats, Ints
 from screening.profiles import Raw, Robust, Standardised
+from screening.relabelings import UNIT, add_precisions, doubled_ranks
 from screening.retrieval import Members, chance_average_precision, unit_rows
 from screening.significance import Draws, arrangements, benjamini_hochberg, p_value, subsets
 from storage_schemas.base import Config

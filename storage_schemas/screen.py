@@ -175,6 +175,10 @@ class Screen:
         """What is said of profiles with a p-value: activity, consistency, controls or doses."""
         return self._path("statistics", f"{table}.parquet")
 
+    def predictions(self, level: str, kind: Literal["parquet", "json"]) -> str:
+        """The mechanisms that cells, wells or compounds vote for, and what is to be said of them."""
+        return self._path("predictions", f"{level}.{kind}")
+
     @property
     def index(self) -> str:
         """The similarity index, a folder (see :mod:`storage_schemas.index`)."""
@@ -278,7 +282,7 @@ class Screen:
             "segment": ("cells", "quality", "clips", "calibration", "sequences.parquet"),
             "train": ("checkpoint", "split.parquet", "train"),
             "embed": ("embeddings",),
-            "index": ("index", "profiles"),
+            "index": ("index", "profiles", "predictions"),
             "statistics": ("statistics",),
             "evaluate": ("evaluation.json",),
             "report": ("report.html",),

@@ -420,6 +420,27 @@ CONSISTENCY = TableForm(
     ),
 )
 
+PREDICTIONS = TableForm(
+    "predictions",
+    1,
+    pa.schema(
+        [
+            ("compound", pa.string()),
+            ("call", pa.string()),  # what it is called: a mechanism, none of the known, or like the negative control
+            ("moa", pa.string()),  # a candidate; the first choice stands first
+            ("share", pa.float64()),  # of the votes
+            ("mean_distance", pa.float64()),  # cosine distance; null without candidates
+            ("p_value", pa.float64()),  # null for what is like the negative control
+            ("q_value", pa.float64()),  # false discovery rate over all compounds and candidates
+            ("n_votes", pa.int32()),
+            ("nearest_similarity", pa.float64()),  # cosine of the compound's profile and that of the nearest known one
+            ("true_moa", pa.string()),
+            ("split", pa.string()),  # what the network was told of the compound; null without a network
+            ("note", pa.string()),
+        ]
+    ),
+)
+
 CONTROLS = TableForm(
     "controls",
     1,

@@ -16,7 +16,7 @@ from indexed_screens import write_screen
 
 from pipelines.indexing import build_index
 from pipelines.inputs import well_keys
-from pipelines.query import COLUMNS, NO_EFFECT, Searcher, nearest_compounds, predict
+from pipelines.query import COLUMNS, Searcher, nearest_compounds
 from pipelines.vectors import read_embeddings, vectors
 from screening.similarity import ExactIndex
 from storage_schemas.errors import InputError
@@ -277,66 +277,11 @@ def test_the_command_asks_as_the_searcher_does(folder: Path, searcher: Searcher,
 
 def test_unknown_compound_is_answered_with_names_near_it(folder: Path, command: Command) -> None:
     for name, near in (("uncoupler1", "uncoupler-1"), ("dmso", "DMSO"), ("potasium-ionophore-2", "ionophore-2")):
-        for arguments in (
-            ("query", folder, "--compound", name),
-            ("predict", folder, "--compound", name),
-        ):
-            done = command(*arguments)
-            assert (done.code, done.out) == (1, "")
-            assert f"compound {name!r} is not in the index; did you mean " in done.err
-            assert near in done.err
+        done = command("query", folder, "--compound", name)
+        assert (done.code, done.out) == (1, "")
+        assert f"compound {name!r} is not in the index; did you mean " in done.err
+        assert near in done.err
     assert "it has DMSO, " in command("query", folder, "--compound", "zzzz").err
-
-
-# --- predict ---------------------------------------------------------------------------------
-
-
-def test_votes_of_one_compound(screen: Screen) -> None:
-    compounds, values = level_vectors(screen, "cell")
-    votes = predict(screen, COMPOUND)
-    assert set(votes["compound"]) == {COMPOUND}
-    assert set(votes["moa"]) == {"uncoupler", "potassium ionophore", NO_EFFECT}
-    assert votes["share"].sum() == pytest.approx(1)
-    assert votes["share"].is_monotonic_decreasing
-    assert (votes["n_cells"] == (compounds == COMPOUND).sum()).all()
-    assert (votes["true_moa"] == "uncoupler").all()
-
-    # A cell votes for the mechanism of the nearest cell of another compound, controls among them.
-    directions = unit(values)
-    own = (compounds == COMPOUND).to_numpy()
-    others = ~own
-    nearest = (directions[own] @ directions[others].T).argmax(axis=1)
-    voted = compounds[others].iloc[nearest].str.rsplit("-", n=1).str[0].str.replace("-", " ").replace("DMSO", NO_EFFECT)
-    for moa, share in votes.set_index("moa")["share"].items():
-        assert share == pytest.approx((voted == moa).mean())
-
-
-def test_a_negative_control_is_not_predicted(screen: Screen) -> None:
-    with pytest.raises(InputError, match="'DMSO' is a negative control"):
-        predict(screen, "DMSO")
-
-
-def test_votes_of_all_compounds_are_their_first_choices(screen: Screen) -> None:
-    table = predict(screen, None)
-    assert table["compound"].is_unique
-    assert set(table["compound"]) == set(level_vectors(screen, "cell")[0]) - {"DMSO"}
-    for row in table.itertuples():
-        first = predict(screen, str(row.compound)).iloc[0]
-        assert (row.moa, row.share) == (first["moa"], first["share"])
-    assert set(table["split"]) <= {"train", "validation", "test_compound"}
-
-
-@pytest.mark.parametrize("arguments", [(), ("--compound", COMPOUND)])
-def test_votes_on_the_command_line(folder: Path, command: Command, arguments: tuple[str, ...]) -> None:
-    expected = predict(Screen(str(folder)), arguments[-1] if arguments else None)
-    done = command("predict", folder, *arguments, "--format", "json")
-    assert done.code == 0
-    rows = json.loads(done.out)
-    assert [(row["compound"], row["moa"]) for row in rows] == list(
-        zip(expected["compound"], expected["moa"], strict=True)
-    )
-    assert list(rows[0]) == list(expected.columns)
-    assert command("predict", folder, *arguments).out.count("\n") == len(expected) + 1
 
 
 # --- screens that cannot answer --------------------------------------------------------------
@@ -376,6 +321,5 @@ def test_truncated_ids(damaged: Path, command: Command) -> None:
 def test_screen_without_an_index(damaged: Path) -> None:
     # The manifest is written last: without it the rest is of an index that was never finished.
     (damaged / "index" / "manifest.json").unlink()
-    for answer in (Searcher, lambda screen: predict(screen, None)):
-        with pytest.raises(InputError, match=f"{damaged}: has no index: run the stage `index` first"):
-            answer(Screen(str(damaged)))
+    with pytest.raises(InputError, match=f"{damaged}: has no index: run the stage `index` first"):
+        Searcher(Screen(str(damaged)))

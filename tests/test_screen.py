@@ -56,7 +56,9 @@ def paths(screen: Screen) -> dict[str, str]:
         screen.profiles("features"): "index: profiles/features.parquet",
         screen.profiles("compound"): "index: profiles/compound.parquet",
         screen.profiles("normalisation"): "index: profiles/normalisation.parquet",
+        screen.predictions("cell", "parquet"): "index: predictions/cell.parquet",
         screen.index: "index: index",
+        screen.statistics("activity"): "statistics: statistics/activity.parquet",
         screen.evaluation: "evaluate: evaluation.json",
         screen.report: "report: report.html",
     }

@@ -1,7 +1,7 @@
-"""Mean average precision of sets of profiles: compiled loops for :mod:`screening.statistics`.
+"""What relabelings score: compiled loops for :mod:`screening.statistics` and :mod:`screening.prediction`.
 
-A set of profiles is tight if each finds the others among its nearest. What is near does not depend on labels, so that
-a pool is ranked once and each relabeling only looks up ranks.
+A set of profiles is tight if each finds the others among its nearest, which is its mean average precision. What is near
+does not depend on labels, so that a pool is ranked once and each relabeling only looks up ranks.
 
 Ranks are doubled, to be whole numbers: entries at the same distance share their mean rank.
 
@@ -143,3 +143,34 @@ def shuffle(steps: npt.NDArray[np.int32], size: int) -> npt.NDArray[np.int32]:
             j = i + steps[i, d]
             deck[i], deck[j] = deck[j], deck[i]
     return drawn
+
+
+@numba.njit(cache=True, nogil=True)
+def count_shares(
+    weights: npt.NDArray[np.float64],
+    drawn: npt.NDArray[np.int32],
+    labels: Ints,
+    observed: npt.NDArray[np.float64],
+    tie: float,
+) -> Ints:
+    """In how many relabelings does each label get at least as much weight as it was observed to get?
+
+    Args:
+        weights: (k,) of the entries that are labelled.
+        drawn: (draws, slots) which of ``labels`` the entries get; the first k slots are used.
+        labels: (N,) codes from 0.
+        observed: (M,) weight of each label.
+        tie: what is counted as equal.
+
+    Returns:
+        (M,) of the draws.
+    """
+    count = np.zeros(observed.size, np.int64)
+    total = np.empty(observed.size)
+    for d in range(drawn.shape[0]):
+        total[:] = 0
+        for i in range(weights.size):
+            total[labels[drawn[d, i]]] += weights[i]
+        for m in range(observed.size):
+            count[m] += total[m] >= observed[m] - tie
+    return count
