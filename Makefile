@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format benchmark-site benchmark-ray benchmark-segmentation benchmark-retrieval benchmark-training benchmark-train-loading benchmark-ablations clean
+.PHONY: help demo test test-slow lint format benchmark-site benchmark-ray benchmark-segmentation benchmark-retrieval benchmark-training benchmark-train-loading benchmark-ablations benchmark-report clean
 
 help:
 	@echo "make demo       simulate a small screen, run every stage, ask it a question (into demo/)"
@@ -22,6 +22,7 @@ help:
 	@echo "make benchmark-retrieval  retrieval metrics beside a loop over queries, and their memory"
 	@echo "make benchmark-train-loading  training through the loader beside batches in memory"
 	@echo "make benchmark-ablations  MitoReID's two tables on a simulated screen (into ablations/)"
+	@echo "make benchmark-report  the page of a 384-well screen: its size, and how soon a browser shows it"
 	@echo "make clean      remove the environment, caches, builds and demo/"
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -68,6 +69,9 @@ benchmark-train-loading: $(INSTALLED)
 
 benchmark-ablations: $(INSTALLED)
 	$(BIN)/python benchmarks/ablations.py ablations
+
+benchmark-report: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/report.py
 
 clean:
 	rm -rf $(VENV) demo ablations build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
