@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format benchmark-site benchmark-ray benchmark-segmentation benchmark-retrieval benchmark-training benchmark-train-loading benchmark-ablations benchmark-report clean
+.PHONY: help demo test test-slow lint format benchmark-site benchmark-ray benchmark-segmentation benchmark-retrieval benchmark-recipes benchmark-training benchmark-train-loading benchmark-ablations benchmark-report clean
 
 help:
 	@echo "make demo       simulate a small screen, run every stage, ask it a question (into demo/)"
@@ -20,6 +20,7 @@ help:
 	@echo "make benchmark-segmentation  nuclei and cells against truth, beside the plain scikit-image way"
 	@echo "make benchmark-training  what the steps of training cost, beside the plain ways"
 	@echo "make benchmark-retrieval  retrieval metrics beside a loop over queries, and their memory"
+	@echo "make benchmark-recipes SCREEN=…  settings of recipes chosen on some compounds, scored on others"
 	@echo "make benchmark-train-loading  training through the loader beside batches in memory"
 	@echo "make benchmark-ablations  MitoReID's two tables on a simulated screen (into ablations/)"
 	@echo "make benchmark-report  the page of a 384-well screen: its size, and how soon a browser shows it"
@@ -60,6 +61,9 @@ benchmark-segmentation: $(INSTALLED)
 
 benchmark-retrieval: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/retrieval.py
+
+benchmark-recipes: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/recipes.py $(SCREEN)
 
 benchmark-training: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training.py

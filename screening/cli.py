@@ -623,7 +623,7 @@ profiles_app = typer.Typer(no_args_is_help=True, help="Profiles made elsewhere, 
 app.add_typer(profiles_app, name="profiles")
 
 RecipeHelp = (
-    "raw, standardised, robust, sphered, tvn, contrasted, or a YAML mapping such as '{method: sphered, limit: 4}'"
+    "raw, standardised, robust, sphered, tvn, contrasted, recentred, or YAML such as '{method: sphered, limit: 4}'"
 )
 ConsensusOption = Annotated[ConsensusName, typer.Option(help="How wells are summed up to treatments and compounds.")]
 

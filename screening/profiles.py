@@ -266,6 +266,24 @@ class Contrasted(_Referred):
         return (*sphered.plan(), Scale(reference="treatments", scale="none"))
 
 
+class Recentred(_Referred):
+    """For features of one scale: centred by each plate's controls, whitened on all wells, centred on treatments."""
+
+    method: Literal["recentred"] = Field(
+        "recentred", description="for features that are scaled already: whitened on all wells, and centred"
+    )
+    regularisation: float = Field(1.0, ge=0, description="as that of the step sphere")
+
+    def plan(self) -> tuple[Step, ...]:
+        """What is done, in order."""
+        return (
+            Filter(),
+            Scale(reference=self.reference, scale="none"),
+            Sphere(reference="plate", regularisation=self.regularisation),
+            Scale(reference="treatments", scale="none"),
+        )
+
+
 class Custom(Config):
     """Any steps in any order."""
 
@@ -278,10 +296,10 @@ class Custom(Config):
 
 
 Recipe = Annotated[
-    Raw | Standardised | Robust | Sphered | Tvn | Contrasted | Custom,
+    Raw | Standardised | Robust | Sphered | Tvn | Contrasted | Recentred | Custom,
     Field(discriminator="method"),
 ]
-NAMED_RECIPES = (Raw, Standardised, Robust, Sphered, Tvn, Contrasted)
+NAMED_RECIPES = (Raw, Standardised, Robust, Sphered, Tvn, Contrasted, Recentred)
 
 
 class ProfilesConfig(Config):
