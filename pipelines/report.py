@@ -114,7 +114,7 @@ def collect(screen: Screen, notes: Sequence[str] = ()) -> ReportData:
         similarity=_similarity(screen),
         activity=readable(activity),
         consistency=readable(read_statistics(screen, "consistency")),
-        doses=readable(read_statistics(screen, "doses")),
+        doses=_tested(readable(read_statistics(screen, "doses"))),
         controls=readable(read_statistics(screen, "controls")),
         predictions=_predictions(screen),
         retrieval=nearest_compounds(screen, _NEIGHBOURS) if index_exists(screen.index) else pd.DataFrame(),
@@ -270,6 +270,11 @@ def _map(
     table = keys[["plate", "well"]].iloc[picked].assign(x=placed[:, 0], y=placed[:, 1])
     columns = ["plate", "well", "compound", "moa", "replicate"]
     return table.merge(maps[columns], on=["plate", "well"], how="left")
+
+
+def _tested(table: pd.DataFrame) -> pd.DataFrame:
+    """What could be tested: most screens have one dose of each compound."""
+    return table if table.empty else table[table["excluded"].isna()].drop(columns="excluded")
 
 
 def _similarity(screen: Screen) -> pd.DataFrame:

@@ -18,47 +18,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from browser import chromium, faults, watch  # noqa: F401 (a fixture)
 from indexed_screens import DIMENSION, write_screen
+from made_up_clips import write_clips_of
 from PIL import Image
 from playwright.sync_api import Browser, expect
 
-from pipelines.inputs import well_keys
 from pipelines.query import Searcher
 from pipelines.serve import MAX_QUESTION, Desk, Gate, Server, open_server
 from pipelines.uploads import MAX_ROWS, read_vectors
 from pipelines.vectors import vector_column
-from storage_schemas.clips import write_clips
 from storage_schemas.errors import InputError, SchemaError
 from storage_schemas.screen import Screen
-from storage_schemas.tables import CELLS, PLATE_MAP, open_table, write_table
 
 TOKEN = "a-token-for-this-test"
 LIMIT = 100_000
-CELLS_OF_WELL = 12
-
-
-def write_cells(screen: Screen) -> None:
-    """Clips for the cells of a screen that has embeddings only."""
-    rng = np.random.default_rng(0)
-    for key in well_keys(open_table(screen.plate_map, PLATE_MAP).to_pandas()):
-        pixels = rng.integers(0, 255, (CELLS_OF_WELL, 2, 3, 16, 16)).astype(np.uint8)
-        write_clips(screen.clips(key), pixels, ["one", "two"], range(3))
-        cells = pd.DataFrame({name: None for name in CELLS.schema.names}, index=range(CELLS_OF_WELL))
-        cells = cells.assign(
-            plate=key.plate, well=key.well, site="0", track=range(1, CELLS_OF_WELL + 1), clip=range(CELLS_OF_WELL)
-        )
-        write_table(screen.cells(key), cells.assign(excluded=""), CELLS, "made up")
 
 
 @pytest.fixture(scope="module")
 def screen(tmp_path_factory: pytest.TempPathFactory) -> Screen:
     screen = write_screen(tmp_path_factory.mktemp("served") / "screen")
-    write_cells(screen)
+    write_clips_of(screen)
     return screen
 
 
