@@ -10,7 +10,7 @@ import pandas as pd
 
 from pipelines.config import RunConfig
 from pipelines.inputs import Inputs, well_keys
-from pipelines.predict import predict
+from pipelines.predict import Predictions, predict
 from pipelines.predict import readable as readable_predictions
 from pipelines.query import nearest_compounds
 from pipelines.segment import open_calibration
@@ -97,6 +97,7 @@ def collect(screen: Screen, notes: Sequence[str] = ()) -> ReportData:
     maps = maps.merge(compounds[["compound", "moa"]], on="compound", how="left")
     judged = read_quality(well_keys(maps), screen)
     activity = read_statistics(screen, "activity")
+    predicted = _predictions(screen)
     keys, vectors, mapped = _mapped_vectors(screen, maps)
     return ReportData(
         title=str(manifest.config.get("title") or screen.url.rstrip("/").rpartition("/")[2]),
@@ -116,7 +117,8 @@ def collect(screen: Screen, notes: Sequence[str] = ()) -> ReportData:
         consistency=readable(read_statistics(screen, "consistency")),
         doses=_tested(readable(read_statistics(screen, "doses"))),
         controls=readable(read_statistics(screen, "controls")),
-        predictions=_predictions(screen),
+        predictions=readable_predictions(predicted.table),
+        prediction_notes=predicted.notes,
         retrieval=nearest_compounds(screen, _NEIGHBOURS) if index_exists(screen.index) else pd.DataFrame(),
         examples=list(_examples(screen, maps, keys, vectors)) if mapped == "cell" else [],
         notes=[
@@ -286,14 +288,14 @@ def _similarity(screen: Screen) -> pd.DataFrame:
     return moa_similarity(profiles[treated], compounds.loc[treated, "moa"])
 
 
-def _predictions(screen: Screen) -> pd.DataFrame:
+def _predictions(screen: Screen) -> Predictions:
     """The first choice of every compound; nothing where there is none to choose from."""
     if not store.exists(screen.profiles("raw")):
-        return pd.DataFrame()
+        return Predictions(pd.DataFrame(), ())
     try:
-        return readable_predictions(predict(screen).table)
+        return predict(screen)
     except InputError:  # No mechanism is known: the section says that none was predicted.
-        return pd.DataFrame()
+        return Predictions(pd.DataFrame(), ())
 
 
 def _examples(

@@ -1,7 +1,7 @@
 """`screening serve`: the report of a screen with a form to ask it, over HTTP.
 
 The standard library's server is enough: a few people of one laboratory ask it, and a question takes milliseconds.
-It reads the screen and writes nothing. Whoever can reach it can ask: on this machine alone that is everyone who is
+It changes nothing in the screen. Whoever can reach it can ask: on this machine alone that is everyone who is
 logged in; where it can be reached from others, a token is asked for. What each guard is for:
 
 - the name in ``Host`` must be one of this machine's, or a page on another site could point its own name here (DNS

@@ -78,6 +78,7 @@ def screen(compound: str = "drug A", n_rows: int = 2, n_columns: int = 3) -> Rep
         doses=pd.DataFrame({"compound": [compound], "spearman": [0.9]}),
         controls=pd.DataFrame({"plate": ["p1"], "z_prime": [0.4]}),
         predictions=pd.DataFrame({"compound": [compound], "moa": ["fusion"], "share": [0.8]}),
+        prediction_notes=["One of ten may be called unknown"],
         retrieval=pd.DataFrame(
             {
                 "compound": [compound, compound],

@@ -53,6 +53,7 @@ class ReportData:
         doses: A row a compound: whether its effect grows with its dose.
         controls: A row a plate: how well its controls are told apart and how well replicates agree.
         predictions: A row a compound: the mechanism it is given, and how sure that is.
+        prediction_notes: Sentences on how sure predictions are, and what is called unknown.
         retrieval: A row a neighbour: compound, moa, rank, neighbour, neighbour_moa, similarity
             (cosine). Further columns are shown as they come.
         examples: Cells to show as clips, those most typical of a compound first.
@@ -77,6 +78,7 @@ class ReportData:
     doses: pd.DataFrame = field(default_factory=pd.DataFrame)
     controls: pd.DataFrame = field(default_factory=pd.DataFrame)
     predictions: pd.DataFrame = field(default_factory=pd.DataFrame)
+    prediction_notes: Sequence[str] = ()
     retrieval: pd.DataFrame = field(default_factory=pd.DataFrame)
     examples: Sequence[Example] = ()
     notes: Sequence[str] = ()

@@ -101,6 +101,7 @@ def render(data: ReportData, *, live: Live | None = None) -> str:
         consistency=table(data.consistency, "consistency", "Whether compounds of one mechanism or target act alike"),
         doses=table(data.doses, "doses", "Whether the effect of each compound grows with its dose"),
         controls=table(data.controls, "controls", "Controls and replicates of each plate"),
+        prediction_notes=list(data.prediction_notes),
         predictions=table(data.predictions, "predictions", "The mechanism that each compound is given"),
         retrieval=table(mark_matches(data.retrieval), "neighbours", "Nearest compounds"),
         gallery=gallery(film_strips, data.retrieval, data.plate_maps, controls),
