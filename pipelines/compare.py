@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines import evaluate
-from pipelines.config import ConfigError, RunConfig, differences, override, parse, with_cells_of
+from pipelines.config import ConfigError, RunConfig, configuration_of, differences, override, with_cells_of
 from pipelines.inputs import Inputs, open_inputs
 from pipelines.progress import console
 from pipelines.run import is_done, run
@@ -123,7 +123,7 @@ def compare(url: str, overrides: Sequence[str] = ()) -> Comparison:
 
 def _settings(screen: Screen, overrides: Sequence[str]) -> RunConfig:
     """The configuration of a screen that is trained and evaluated, with settings that its network does not know."""
-    made_with = parse(screen.read_manifest().config, screen.manifest_url)
+    made_with = configuration_of(screen)
     config = override(made_with, overrides)
     changed = differences(made_with.model_dump(mode="json"), config.model_dump(mode="json"))
     foreign = [line for line in changed if not line.startswith(_OWN_SETTINGS)]

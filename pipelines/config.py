@@ -27,6 +27,7 @@ from screening.training import TrainConfig
 from storage_schemas import store
 from storage_schemas.base import Config
 from storage_schemas.errors import InputError
+from storage_schemas.screen import Screen
 
 
 class ConfigError(InputError):
@@ -275,6 +276,18 @@ def parse(document: Mapping[str, Any], source: str) -> RunConfig:
     except ValidationError as error:
         problems = "\n".join(f"  {_explain(entry)}" for entry in error.errors())
         raise ConfigError(f"{source}: the configuration is not usable:\n{problems}") from error
+
+
+def configuration_of(screen: Screen) -> RunConfig:
+    """The configuration that a screen was run with.
+
+    Raises:
+        InputError: if it was imported, which this is not for, or run by another version.
+    """
+    config = screen.read_manifest().config
+    if "inputs" not in config:
+        raise InputError(f"{screen.url}: was imported and not run, so that it has no network and no clips of its own")
+    return parse(config, screen.manifest_url)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

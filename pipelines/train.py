@@ -35,7 +35,7 @@ from torch import Tensor
 
 from pipelines.clip_batches import BatchStream, ClipTable, clip_table
 from pipelines.cluster import usable_cpus, worker_cpus
-from pipelines.config import ConfigError, ResourcesConfig, RunConfig, parse, with_cells_of
+from pipelines.config import ConfigError, ResourcesConfig, RunConfig, configuration_of, with_cells_of
 from pipelines.inputs import Inputs, open_inputs
 from pipelines.loggers import Log, Training, check_loggers, open_loggers
 from pipelines.progress import progress
@@ -209,7 +209,7 @@ def normalisation(url: str) -> pd.DataFrame:
         InputError: if it is no screen that `screening run` has segmented, or has nothing to train on.
     """
     screen = Screen.open(store.absolute(url))
-    config = parse(screen.read_manifest().config, screen.manifest_url)
+    config = configuration_of(screen)
     inputs = open_inputs(with_cells_of(config, screen.url).inputs)
     clips = _phases(config, screen, make_split(config, inputs, screen).table)[-1].clips
     measured = _measured(config, clips)

@@ -301,3 +301,11 @@ def test_another_folder_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="but no screen"):
         import_profiles(str(tmp_path / "screen"), ImportProfilesConfig(tables=(str(tmp_path / "t.csv"),)))
     assert json.dumps((tmp_path / "screen" / "thesis.txt").read_text()) == '"mine"'
+
+
+def test_what_needs_a_network_says_that_there_is_none(tables: list[Path], tmp_path: Path, command: Command) -> None:
+    import_profiles(str(tmp_path / "screen"), ImportProfilesConfig(tables=(str(tables[0]),)))
+    for name in ("compare", "normalisation"):
+        done = command(name, tmp_path / "screen")
+        assert done.code == 1
+        assert "was imported and not run" in done.err
