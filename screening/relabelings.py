@@ -78,30 +78,30 @@ def add_precisions(
         total: (draws,) in multiples of :data:`UNIT`; added to.
     """
     found = np.empty(n_members - 1, np.int32)
+    others = np.empty(np.diff(bounds).max(), np.int32)
     for d in range(drawn.shape[0]):
         for a in range(n_members):
             row = drawn[d, a] - first
             if row < 0 or row >= ranks.shape[0]:
                 continue
+            n_others = bounds[a + 1] - bounds[a]
+            for e in range(n_others):
+                others[e] = ranks[row, drawn[d, excluded[bounds[a] + e]]]
             n = 0
             for b in range(n_members):
-                if b != a:
-                    found[n] = ranks[row, drawn[d, b]]
-                    n += 1
-            _sort(found)
-            others = np.empty(bounds[a + 1] - bounds[a], np.int32)
-            for e in range(others.size):
-                others[e] = ranks[row, drawn[d, excluded[bounds[a] + e]]]
-            _sort(others)
-            precision, before = 0.0, 0
-            for i in range(n):
+                if b == a:
+                    continue
+                own = ranks[row, drawn[d, b]]
                 # Those that are no candidates go from before it, and half from beside it.
-                while before < others.size and others[before] < found[i]:
-                    before += 1
-                equal = before
-                while equal < others.size and others[equal] == found[i]:
-                    equal += 1
-                precision += 2.0 * (i + 1) / (found[i] - before - equal)
+                before = np.int32(0)
+                for e in range(n_others):
+                    before += np.int32(others[e] < own) + np.int32(others[e] <= own)
+                found[n] = own - before
+                n += 1
+            _sort(found)
+            precision = 0.0
+            for i in range(n):
+                precision += 2.0 * (i + 1) / found[i]
             total[d] += np.int64(np.rint(precision / n / UNIT))
 
 
