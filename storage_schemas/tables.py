@@ -10,6 +10,7 @@ import gzip
 import io
 import json
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -513,7 +514,8 @@ def write_tables(url: str, tables: Iterable[pa.Table], form: TableForm, fingerpr
     mark = {"form": form.name, "version": form.version, "fingerprint": fingerprint}
     metadata = {_METADATA_KEY: json.dumps(mark).encode()}
     rows = 0
-    with store.open_new(url) as file:
+    # Left first, so that a writer that has failed is closed while its file is still open.
+    with store.open_new(url) as file, ExitStack() as opened:
         writer = None
         for part in tables:
             table = _conform(url, part, form).replace_schema_metadata(metadata)
@@ -526,13 +528,13 @@ def write_tables(url: str, tables: Iterable[pa.Table], form: TableForm, fingerpr
                     use_dictionary=[f.name for f in table.schema if pa.types.is_string(f.type)],
                     write_statistics=False,
                 )
+                opened.enter_context(writer)
             # A row group of limited size keeps readers' memory flat, whatever the rows are.
             of_a_row = max(table.nbytes // max(len(table), 1), 1)
             writer.write_table(table, row_group_size=min(20_000, max(_GROUP_BYTES // of_a_row, 1)))
             rows += len(table)
         if writer is None:
             raise SchemaError(url, f"a {form.name} table of no parts cannot be written")
-        writer.close()
     return rows
 
 

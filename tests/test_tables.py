@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage_schemas import store, tables
-from storage_schemas.errors import SchemaError
-from storage_schemas.tables import TableForm, open_table, read_compounds, read_plate_map, read_user_table, write_table
+from storage_schemas.errors import InputError, SchemaError
+from storage_schemas.tables import (
+    TableForm,
+    open_table,
+    open_vectors,
+    read_compounds,
+    read_plate_map,
+    read_user_table,
+    write_table,
+    write_tables,
+)
 
 FORM = TableForm("toy", 3, pa.schema([("plate", pa.string()), ("n", pa.int32()), ("x", pa.float64())]))
 OPEN_FORM = TableForm("open", 1, FORM.schema, extra_prefix="feature_")
@@ -403,3 +413,38 @@ def test_any_text_in_a_csv_reads_back_stripped(rows: list[list[str]]) -> None:
     frame = read_user_table("memory://tables/x.csv")
     expected = [[cell.strip() or None for cell in row] for row in rows]
     assert frame.to_numpy().tolist() == [row for row in expected if any(row)]
+
+
+@pytest.mark.parametrize("where", ["local", "memory"])
+def test_parts_of_a_table_are_one_file_or_none(where: str, tmp_path: Path) -> None:
+    url = f"{tmp_path}/t.parquet" if where == "local" else "memory://parts/t.parquet"
+    form = tables.raw_profiles_form(3)
+
+    def part(first: int, n: int) -> pa.Table:
+        values = np.arange(first * 3, (first + n) * 3, dtype=np.float32)
+        return pa.table(
+            {
+                "plate": ["p"] * n,
+                "well": [f"A{i:02d}" for i in range(first + 1, first + n + 1)],
+                "n_cells": pa.nulls(n, pa.int32()),
+                "profile": pa.FixedSizeListArray.from_arrays(pa.array(values), 3),
+                "metadata_time": [24.0] * n,
+            }
+        )
+
+    def broken() -> Iterator[pa.Table]:
+        yield part(0, 2)
+        raise InputError("text among numbers")
+
+    with pytest.raises(InputError, match="text among numbers"):
+        write_tables(url, broken(), form)
+    with pytest.raises(SchemaError, match="of no parts"):
+        write_tables(url, [], form)
+    assert not store.exists(url)
+    assert write_tables(url, [part(0, 2), part(2, 5)], form) == 7
+    others, values = open_vectors(url, form, "profile")
+    np.testing.assert_array_equal(values, np.arange(21, dtype=np.float32).reshape(7, 3))
+    assert others.column_names == ["plate", "well", "n_cells", "metadata_time"]
+    assert others["well"].to_pylist() == [f"A{i:02d}" for i in range(1, 8)]
+    with pytest.raises(SchemaError, match="expected form 'well_profiles'"):
+        open_vectors(url, tables.well_profiles_form(3), "profile")
