@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import torch
 
@@ -38,7 +39,7 @@ def embed_screen(config: RunConfig, inputs: Inputs, screen: Screen, fingerprint:
     units = [well for well in inputs.wells if well in segmented]
     actors = config.resources.embed_actors
     cpus = usable_cpus(config.resources) / actors
-    context = _Context(screen, config.embed, fingerprint, max(1, int(cpus)))
+    context = EmbedContext(screen, config.embed, fingerprint, max(1, int(cpus)), screen.checkpoint)
     work = Work(
         EmbedWells,
         (context,),
@@ -56,28 +57,54 @@ def embed_screen(config: RunConfig, inputs: Inputs, screen: Screen, fingerprint:
 
 
 @dataclass(frozen=True)
-class _Context:
+class EmbedContext:
+    """What an actor is told.
+
+    Attributes:
+        screen: whose clips are embedded, and that embeddings are written to.
+        config: how.
+        fingerprint: that is written into them.
+        threads: to compute with.
+        checkpoint: the network, of this screen or another.
+    """
+
     screen: Screen
     config: EmbedConfig
     fingerprint: str
     threads: int
+    checkpoint: str
 
 
 class EmbedWells:
     """Holds the network and embeds a well at a time."""
 
-    def __init__(self, context: _Context) -> None:
+    def __init__(self, context: EmbedContext) -> None:
         torch.set_num_threads(context.threads)
         self._context = context
-        self._manifest = read_manifest(context.screen.checkpoint)
-        weights = read_weights(context.screen.checkpoint)
+        self._manifest = read_manifest(context.checkpoint)
+        weights = read_weights(context.checkpoint)
         self._network, self._normalisation = restore(self._manifest, weights)
         self._network.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def __call__(self, well: WellKey) -> float:
         """Embed one well's clips and write them; no part of it can fail alone."""
-        screen, config, manifest = self._context.screen, self._context.config, self._manifest
-        url = screen.clips(well)
+        screen = self._context.screen
+        vectors = self.vectors(screen.clips(well))
+        cells = open_table(screen.cells(well), CELLS, ["plate", "well", "site", "track", "clip"])
+        cells = cells.filter(pa.compute.is_valid(cells["clip"])).sort_by("clip")
+        assert len(cells) == len(vectors), "every clip is of a cell"
+        table = cells.drop_columns(["clip"]).append_column("embedding", vector_column(vectors))
+        screen.write_failures("embed", well, [])
+        write_table(screen.embeddings(well), table, embeddings_form(vectors.shape[1]), self._context.fingerprint)
+        return 0.0
+
+    def vectors(self, url: str) -> npt.NDArray[np.float32]:
+        """(n, D) embeddings of the clips of an array.
+
+        Raises:
+            SchemaError: if they have other channels than the network was trained with, or cannot be read.
+        """
+        config, manifest = self._context.config, self._manifest
         clips = open_clips(url)
         if channel_names(clips) != list(manifest.channels):
             raise SchemaError(url, f"has the channels {channel_names(clips)}, the network {list(manifest.channels)}")
@@ -89,11 +116,4 @@ class EmbedWells:
             vectors[start : start + len(block)] = embed(
                 self._network, block, self._normalisation, frames, config.batch_size
             )
-        cells = open_table(screen.cells(well), CELLS, ["plate", "well", "site", "track", "clip"])
-        cells = cells.filter(pa.compute.is_valid(cells["clip"])).sort_by("clip")
-        assert len(cells) == len(vectors), "every clip is of a cell"
-        table = cells.drop_columns(["clip"]).append_column("embedding", vector_column(vectors))
-        form = embeddings_form(manifest.embedding_dim)
-        screen.write_failures("embed", well, [])
-        write_table(screen.embeddings(well), table, form, self._context.fingerprint)
-        return 0.0
+        return vectors

@@ -13,14 +13,28 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
+from pydantic import TypeAdapter
 
+from pipelines.profiles import feature_names
 from pipelines.vectors import CELL_KEYS, read_profiles, vectors
 from screening import similarity
+from screening.profiles import ProfilesConfig, consensus_profiles, process
 from screening.similarity import Effort, Index, IndexConfig, Quantiser, Vectors, to_unit
 from storage_schemas import store
 from storage_schemas.checkpoint import weights_digest
 from storage_schemas.errors import InputError, SchemaError
-from storage_schemas.index import VECTORS, Build, Level, LevelManifest, Recall, new_build, read_array
+from storage_schemas.index import (
+    VECTORS,
+    Added,
+    Build,
+    Level,
+    LevelManifest,
+    Recall,
+    new_build,
+    read_array,
+    read_ids,
+    read_manifest,
+)
 from storage_schemas.index import IndexManifest as Manifest
 from storage_schemas.keys import WellKey
 from storage_schemas.screen import Screen, fingerprint
@@ -155,7 +169,8 @@ def build_level(
 
     kept = [] if before is None else _blocks(before.vectors)
     arrays = {VECTORS: build.write_array(level, VECTORS, (entries.dimension,), "float32", chain(kept, units()))}
-    ids = build.write_ids(level, _joined(tables))
+    known_as = _joined(tables)
+    ids = build.write_ids(level, known_as)
     count = arrays[VECTORS].shape[0]
     method, reason = similarity.choose(config, count, entries.dimension)
     if method.method == "exact":
@@ -177,7 +192,9 @@ def build_level(
     for name, array in {**encoded, **_quantiser_arrays(quantiser)}.items():
         arrays[name] = build.write_array(level, name, array.shape[1:], array.dtype.name, [array])
 
-    tuning = similarity.tune(Index(mapped, quantiser, encoded), method)
+    # Cells of a well are alike: what others find is harder to find.
+    group = _well_codes(known_as) if level == "cell" else None
+    tuning = similarity.tune(Index(mapped, quantiser, encoded), method, group)
     return LevelManifest(
         method=method.method,
         reason=reason,
@@ -189,28 +206,133 @@ def build_level(
     )
 
 
-def build_index(screen: Screen, config: IndexConfig, wells: Sequence[WellKey]) -> tuple[dict[str, int], list[str]]:
-    """Index a screen's profiles, and its cells where it has embeddings.
+def build_index(
+    screen: Screen, config: IndexConfig, wells: Sequence[WellKey], *, extend: bool = False
+) -> tuple[dict[str, int], list[str]]:
+    """Index a screen's profiles, and its cells where it has embeddings; with them the plates that were added.
 
     Args:
         screen: with profiles, run or imported.
         config: how to search.
         wells: whose cells are indexed; none where only profiles are.
+        extend: keep the cells that the index has, with their codes, and append those of plates added since.
 
     Returns:
         How many compounds, wells and cells; and how each level is searched, in a line for the reader.
+
+    Raises:
+        InputError: for profiles of added plates that cannot be processed together with the screen's own.
     """
+    made_by = embedder(screen)
+    added, notes = added_screens(screen, made_by)
+    before = read_manifest(screen.index) if extend else None
+    if before is not None and before.embedder != made_by:
+        before = None
+    known = {entry.screen for entry in before.added} if before is not None else set()
+    new = [other for other in added if other.url not in known]
+    if not new:
+        before = None
+    if added:
+        of_wells = joint_wells(screen, [read_profiles(other, processed=False) for other in added])
+        of_compounds = joint_compounds(screen, *of_wells)
+    else:
+        of_wells, of_compounds = read_profiles(screen, "well"), read_profiles(screen, "compound")
     levels: dict[Level, Entries] = {
-        "compound": profile_entries("compound", *read_profiles(screen, "compound")),
-        "well": profile_entries("well", *read_profiles(screen, "well")),
+        "compound": profile_entries("compound", *of_compounds),
+        "well": profile_entries("well", *of_wells),
     }
-    if wells:
-        levels["cell"] = cell_entries([(screen, wells)])
+    sources: list[tuple[Screen, Sequence[WellKey]]] = [
+        (other, done_wells(other)) for other in (new if before is not None else added)
+    ]
+    if before is None:
+        sources.insert(0, (screen, wells))
+    sources = [(each, keys) for each, keys in sources if keys]
+    if sources:
+        levels["cell"] = cell_entries(sources)
     with new_build(screen.index) as build:
-        built = {level: build_level(build, level, entries, config) for level, entries in levels.items()}
-        build.manifest = Manifest(embedder=embedder(screen), build=build.name, levels=built)
+        built = {}
+        for level, entries in levels.items():
+            kept = read_before(screen.index, before, level) if before is not None and level == "cell" else None
+            built[level] = build_level(build, level, entries, config, kept)
+        build.manifest = Manifest(
+            embedder=made_by, build=build.name, levels=built, added=tuple(_added(other) for other in added)
+        )
     counts = {f"{level}s": held.count for level, held in built.items()}
-    return counts, [describe(level, held) for level, held in built.items() if held.method != "exact"]
+    return counts, [*notes, *(describe(level, held) for level, held in built.items() if held.method != "exact")]
+
+
+def added_screens(screen: Screen, made_by: str) -> tuple[list[Screen], list[str]]:
+    """The plates that were added to a screen, as screens of their own, and a note on those of another network."""
+    found, notes = [], []
+    for name in store.list_names(screen.added()):
+        other = Screen(screen.added(name))
+        if other.exists() and other.read_manifest().inputs == made_by and store.exists(other.profiles("raw")):
+            found.append(other)
+        else:
+            notes.append(f"{other.url}: was not added to the end, or by another network; add it again")
+    return found, notes
+
+
+def done_wells(screen: Screen) -> list[WellKey]:
+    """The wells that have embeddings, in order."""
+    return sorted(screen.done_units("embed"))
+
+
+def profiles_config(screen: Screen) -> ProfilesConfig:
+    """What a screen's profiles have gone through."""
+    config = screen.read_manifest().config
+    config = config.get("profiles_import", config)
+    return ProfilesConfig.model_validate(config.get("profiles", {}))
+
+
+def index_config(screen: Screen) -> IndexConfig:
+    """How a screen's vectors are to be searched."""
+    config = screen.read_manifest().config
+    config = config.get("profiles_import", config)
+    found: IndexConfig = TypeAdapter(IndexConfig).validate_python(config.get("index", {"method": "auto"}))
+    return found
+
+
+def joint_wells(screen: Screen, others: Sequence[tuple[pd.DataFrame, Vectors]]) -> tuple[pd.DataFrame, Vectors]:
+    """Profiles of a screen's wells and of others, processed together: so they lie in one space.
+
+    Args:
+        screen: with profiles, whose recipe is followed.
+        others: wells and their raw profiles, as of :func:`pipelines.vectors.read_profiles`.
+
+    Raises:
+        InputError: for profiles of different dimensions, or a recipe that cannot be followed.
+    """
+    parts = [read_profiles(screen, processed=False), *others]
+    dimensions = [values.shape[1] for _, values in parts]
+    if len(set(dimensions)) > 1:
+        raise InputError(f"profiles of {dimensions} dimensions cannot be processed together")
+    wells = pd.concat([known for known, _ in parts], ignore_index=True)
+    raw = np.concatenate([values for _, values in parts])
+    done = process(raw, wells, profiles_config(screen).recipe, feature_names(screen, raw.shape[1]))
+    return wells, done.values
+
+
+def joint_compounds(screen: Screen, wells: pd.DataFrame, values: Vectors) -> tuple[pd.DataFrame, Vectors]:
+    """The profiles of compounds on processed wells, with what an index says of them."""
+    compounds, merged = consensus_profiles(values, wells[["compound"]], profiles_config(screen).consensus)
+    groups = wells.groupby("compound", sort=True)
+    cells = groups["n_cells"].sum(min_count=1).astype("Int32").to_numpy()
+    return compounds.assign(moa=groups["moa"].first().to_numpy(), n_cells=cells), merged
+
+
+def read_before(url: str, manifest: Manifest, level: Level) -> Before | None:
+    """A level of an index, to be added to; None where it has none."""
+    if level not in manifest.levels:
+        return None
+    held = manifest.levels[level]
+    arrays = {name: read_array(url, manifest, level, name) for name in held.arrays}
+    return Before(held, read_ids(url, manifest, level), arrays.pop(VECTORS), arrays)
+
+
+def _added(screen: Screen) -> Added:
+    plates = sorted({well.plate for well in done_wells(screen)})
+    return Added(screen=screen.url, plates=tuple(plates))
 
 
 def embedder(screen: Screen) -> str:
@@ -259,7 +381,7 @@ def _quantiser_arrays(quantiser: Quantiser) -> dict[str, Vectors]:
     return arrays if quantiser.centroids is None else {**arrays, "centroids": quantiser.centroids}
 
 
-def _joined(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+def _joined(tables: Sequence[pd.DataFrame]) -> pa.Table:
     """The ids of all blocks; names as text, so that categories of one block do not meet those of another."""
     names = ["id", "compound", "moa", "plate", "well"]
     parts = [
@@ -272,6 +394,13 @@ def _joined(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
         for table in tables
     ]
     return pa.concat_tables(parts)
+
+
+def _well_codes(ids: pa.Table) -> npt.NDArray[np.int64]:
+    """A number a well."""
+    plate, well = (ids[name].combine_chunks().dictionary_encode() for name in ("plate", "well"))
+    codes = plate.indices.to_numpy().astype(np.int64) * len(well.dictionary)
+    return np.asarray(codes + well.indices.to_numpy())
 
 
 def _annotation(screen: Screen) -> tuple[dict[WellKey, str], dict[str, str | None]]:

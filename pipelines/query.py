@@ -10,6 +10,7 @@ import pandas as pd
 
 from pipelines.indexing import open_level
 from screening import similarity
+from screening.significance import enrichment
 from screening.similarity import Index, Vectors
 from storage_schemas.errors import InputError, SchemaError
 from storage_schemas.index import Level, index_exists, read_ids, read_manifest
@@ -65,6 +66,11 @@ class Searcher:
             self._require(level)
             self._ids[level] = read_ids(self.screen.index, self.manifest, level)
         return self._ids[level]
+
+    def compare_with(self, level: Level, index: Index) -> None:
+        """Search other vectors of the same things: profiles that were processed together with those asked about."""
+        assert len(index) == len(self.ids(level)), "they are of the same things"
+        self._indexes[level] = index
 
     def query(
         self,
@@ -141,6 +147,35 @@ class Searcher:
         if vectors is not None:
             found.insert(0, "query", np.repeat(np.asarray(labels, object), positions.shape[1]))
         return found
+
+    def enrichment(
+        self, *, compound: str | None = None, well: str | None = None, k: int = 10, exclude_same_compound: bool = False
+    ) -> pd.DataFrame:
+        """Which mechanisms are more frequent among the nearest compounds than among all?
+
+        Of compounds, since cells of a well, or wells of a compound, are no draws of their own.
+
+        Args:
+            compound: as of :meth:`query`, like the other arguments.
+            well: likewise.
+            k: the nearest that are counted.
+            exclude_same_compound: likewise.
+
+        Returns:
+            As of :func:`screening.significance.enrichment`, the label called ``moa``.
+
+        Raises:
+            InputError: as :meth:`query`.
+        """
+        everything = self.query(
+            compound=compound,
+            well=well,
+            level="compound",
+            k=max(k, len(self.ids("compound"))),
+            exclude_same_compound=exclude_same_compound,
+        )
+        labels = [[] if pd.isna(moa) else [moa] for moa in everything["moa"]]
+        return enrichment(labels[:k], labels).rename(columns={"label": "moa"})
 
     def _require(self, level: Level) -> None:
         if level not in self.manifest.levels:

@@ -24,34 +24,35 @@ MAX_NUMBERS = 2**24
 _VECTOR_COLUMNS = ("embedding", "profile", "vector")
 
 
-def read_vectors(content: bytes) -> npt.NDArray[np.float32]:
+def read_vectors(content: bytes, max_rows: int = MAX_ROWS) -> npt.NDArray[np.float32]:
     """The (q, D) vectors of a file, from its bytes.
 
     Args:
         content: a NumPy file (``.npy``) of a matrix of numbers; or a Parquet table with a column ``embedding``,
             ``profile`` or ``vector`` of lists of equal length, as the tables of a screen have.
+        max_rows: vectors that it may hold.
 
     Raises:
-        InputError: anything else, more than :data:`MAX_ROWS` vectors, or numbers that are not finite.
+        InputError: anything else, more than ``max_rows`` vectors, or numbers that are not finite.
     """
     if content.startswith(b"\x93NUMPY"):
-        found = _read_npy(content)
+        found = _read_npy(content, max_rows)
     elif content.startswith(b"PAR1"):
-        found = _read_parquet(content)
+        found = _read_parquet(content, max_rows)
     else:
         raise InputError("the file is neither Parquet nor NumPy (.npy)")
     if found.ndim != 2 or not found.size:
         raise InputError(f"the file holds numbers of shape {found.shape}; expected (vectors, dimensions)")
-    _check_rows(len(found))
+    _check_rows(len(found), max_rows)
     vectors = np.ascontiguousarray(found, np.float32)
     if not np.isfinite(vectors).all():
         raise InputError("the file holds numbers that are not finite")
     return vectors
 
 
-def _check_rows(n: int) -> None:
-    if n > MAX_ROWS:
-        raise InputError(f"the file holds {n:,} vectors; ask with {MAX_ROWS:,} at a time at most")
+def _check_rows(n: int, most: int) -> None:
+    if n > most:
+        raise InputError(f"the file holds {n:,} vectors; ask with {most:,} at a time at most")
 
 
 def _check_size(metadata: pq.FileMetaData, name: str) -> None:
@@ -66,7 +67,7 @@ def _check_size(metadata: pq.FileMetaData, name: str) -> None:
         raise InputError(f"the column {name!r} holds {numbers:,} numbers; at most {MAX_NUMBERS:,} are taken")
 
 
-def _read_npy(content: bytes) -> npt.NDArray[Any]:
+def _read_npy(content: bytes, max_rows: int) -> npt.NDArray[Any]:
     stream = io.BytesIO(content)
     try:
         version = np.lib.format.read_magic(stream)
@@ -79,7 +80,7 @@ def _read_npy(content: bytes) -> npt.NDArray[Any]:
         raise InputError(f"the NumPy file cannot be read: {error}") from error
     if dtype.kind not in "fiu" or len(shape) != 2:
         raise InputError(f"the NumPy file holds {dtype} of shape {shape}; expected a matrix of numbers")
-    _check_rows(shape[0])
+    _check_rows(shape[0], max_rows)
     start = stream.tell()
     # As Python's integers, which do not overflow.
     if int(shape[0]) * int(shape[1]) * dtype.itemsize != len(content) - start:
@@ -87,10 +88,10 @@ def _read_npy(content: bytes) -> npt.NDArray[Any]:
     return np.frombuffer(content, dtype, offset=start).reshape(shape, order="F" if fortran else "C")
 
 
-def _read_parquet(content: bytes) -> npt.NDArray[Any]:
+def _read_parquet(content: bytes, max_rows: int) -> npt.NDArray[Any]:
     try:
         file = pq.ParquetFile(pa.BufferReader(content))
-        _check_rows(file.metadata.num_rows)
+        _check_rows(file.metadata.num_rows, max_rows)
         names = [name for name in _VECTOR_COLUMNS if name in file.schema_arrow.names]
         if not names:
             raise InputError(f"the Parquet table has none of the columns {', '.join(_VECTOR_COLUMNS)}")

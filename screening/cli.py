@@ -21,6 +21,7 @@ from tune.ablations import ABLATIONS
 if TYPE_CHECKING:
     import pandas as pd
 
+    from storage_schemas.index import Level
     from storage_schemas.screen import Stage
 
 app = typer.Typer(
@@ -340,7 +341,6 @@ def _stage_command(stage: Stage, what: str) -> None:
 _stage_command("segment", "Plates in; labels, tracked cells, quality measures and clips out.")
 _stage_command("train", "Clips in; a network that embeds cells out.")
 _stage_command("embed", "Clips and network in; an embedding a cell out.")
-_stage_command("index", "Embeddings in; well and compound profiles and the similarity index out.")
 _stage_command("evaluate", "Embeddings in; the held-out tests out.")
 
 
@@ -499,6 +499,13 @@ def query(
     compound: Annotated[str | None, typer.Option(help="Ask by a compound.")] = None,
     well: Annotated[str | None, typer.Option(metavar="PLATE/WELL", help="Ask by a well.")] = None,
     cell: Annotated[str | None, typer.Option(metavar="PLATE/WELL/SITE/TRACK", help="Ask by a cell.")] = None,
+    vectors: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Ask by the mean of the vectors in a .npy or Parquet file.")
+    ] = None,
+    clips: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="Ask by clips that the screen's network embeds: a Zarr array, or a screen."),
+    ] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="How many answers.")] = 10,
     level: Annotated[
         LevelName | None, typer.Option(help="What to compare it with; by default what is asked about.")
@@ -508,27 +515,97 @@ def query(
     exclude_same_compound: Annotated[
         bool, typer.Option("--exclude-same-compound", help="Leave out the compound of the well or cell.")
     ] = False,
+    each: Annotated[bool, typer.Option("--each", help="Ask by each vector of the file, not by their mean.")] = False,
+    enriched: Annotated[
+        bool, typer.Option("--enrichment", help="Which mechanisms are frequent among the nearest compounds?")
+    ] = False,
     output: FormatOption = Format.table,
 ) -> None:
-    """Which compounds, wells or cells resemble a compound, a well or a cell most?
+    """Which compounds, wells or cells resemble a compound, a well, a cell or something new most?
 
     Similarity is the cosine of profiles, or at level cell of embeddings. Nothing is its own answer.
     """
     from pipelines.query import Searcher
 
-    if sum(asked is not None for asked in (compound, well, cell)) != 1:
-        raise typer.BadParameter("give one of --compound, --well and --cell", param_hint="query")
-    found = Searcher(screen).query(
-        compound=compound,
-        well=well,
-        cell=cell,
-        level=level.value if level else None,
-        k=k,
-        moa=moa or (),
-        plate=plate or (),
-        exclude_same_compound=exclude_same_compound,
-    )
+    asked = {"--compound": compound, "--well": well, "--cell": cell, "--vectors": vectors, "--clips": clips}
+    if sum(value is not None for value in asked.values()) != 1:
+        raise typer.BadParameter(f"give one of {', '.join(asked)}", param_hint="query")
+    if each and vectors is None:
+        raise typer.BadParameter("is for --vectors", param_hint="--each")
+    searcher = Searcher(screen)
+    at: Level | None = level.value if level else None
+    if enriched:
+        if (compound is None and well is None) or at not in (None, "compound") or moa or plate:
+            raise typer.BadParameter(
+                "is of the compounds nearest to a --compound or a --well, without --moa and --plate",
+                param_hint="--enrichment",
+            )
+        found = searcher.enrichment(compound=compound, well=well, k=k, exclude_same_compound=exclude_same_compound)
+    elif vectors is not None:
+        from pipelines.vector_files import vectors_of
+
+        rows, names = vectors_of(searcher, vectors, at, each=each)
+        found = searcher.query(
+            vectors=rows,
+            names=names,
+            level=at,
+            k=k,
+            moa=moa or (),
+            plate=plate or (),
+            exclude_same_compound=exclude_same_compound,
+        )
+    elif clips is not None:
+        from pipelines.adding import ask_clips
+
+        found = ask_clips(
+            searcher, clips, at, k=k, moa=moa or (), plate=plate or (), exclude_same_compound=exclude_same_compound
+        )
+    else:
+        found = searcher.query(
+            compound=compound,
+            well=well,
+            cell=cell,
+            level=at,
+            k=k,
+            moa=moa or (),
+            plate=plate or (),
+            exclude_same_compound=exclude_same_compound,
+        )
     _print(found, output)
+
+
+@app.command()
+def index(
+    target: Annotated[
+        str, typer.Argument(help="A configuration, with --out; or a screen that has an index.", show_default=False)
+    ],
+    out: Annotated[str | None, typer.Option(help="Folder or URL of the screen, for a configuration.")] = None,
+    add: Annotated[
+        str | None,
+        typer.Option(metavar="SCREEN", help="Add the plates of this screen, embedded by the network of the first."),
+    ] = None,
+    settings: SetOption = None,
+    update: UpdateOption = False,
+    cpus: Annotated[int | None, typer.Option(min=1, help="CPUs to use for --add; all by default.")] = None,
+) -> None:
+    """Embeddings in; well and compound profiles and the similarity index out. Or more plates into an index that is.
+
+    With a configuration it is the stage of a run. With a screen alone its index is built anew; what was added stays.
+    """
+    if out is not None:
+        if add is not None:
+            raise typer.BadParameter("is for a screen that has an index", param_hint="--add")
+        _run(target, out, settings, ("index",), update)
+        return
+    if settings or update:
+        raise typer.BadParameter("is for a configuration and --out", param_hint="--set" if settings else "--update")
+    from pipelines.adding import add as add_plates
+    from pipelines.adding import rebuild
+
+    counts, notes = rebuild(target) if add is None else add_plates(target, add, cpus)
+    typer.echo(f"{target}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
+    for note in notes:
+        typer.echo(f"note: {note}")
 
 
 @app.command()

@@ -346,30 +346,43 @@ class Index:
         return cosines[order], candidates[order]
 
 
-def tune(index: Index, config: CompressedIndex | IvfIndex, seed: int = 0) -> Tuning:
+def tune(
+    index: Index, config: CompressedIndex | IvfIndex, group: npt.NDArray[np.int64] | None = None, seed: int = 0
+) -> Tuning:
     """Find the least effort at which a compressed index finds what an exact search finds.
 
-    Vectors of the index are looked up, none of them its own neighbour. The target counts as reached when the mean
-    over them is above it by two standard errors.
+    Vectors of the index are looked up among those of other groups: cells of a well find each other more easily than
+    what a query from elsewhere finds. The target counts as reached when the mean over them is above it by two
+    standard errors.
 
     Args:
         index: compressed.
         config: target and limit.
+        group: (n,) of each vector, such as its well; each its own by default.
         seed: of the choice of vectors.
     """
     assert index._scanner is not None, "an exact search needs no tuning"
     n = len(index)
+    if group is None or (group == group[0]).all():
+        group = np.arange(n)
     asked = np.sort(np.random.default_rng(seed).choice(n, min(n, _QUERIES), replace=False))
     unit = np.ascontiguousarray(index.vectors[asked])
-    true = index._nearest(unit, min(n, NEIGHBOURS + 1), None)
-    truths = [near[near != own][:NEIGHBOURS] for near, own in zip(true, asked, strict=True)]
+    largest = int(np.unique(group, return_counts=True)[1].max())
+    truths = []
+    for query, own, near in zip(unit, asked, index._nearest(unit, min(n, NEIGHBOURS + largest), None), strict=True):
+        others = near[group[near] != group[own]]
+        best = np.argsort(index.vectors[others] @ query)[::-1][:NEIGHBOURS]
+        truths.append(others[best])
 
     limit = min(config.max_depth, n)
     probes, most = index._scanner.least_probes, index._scanner.lists
     while True:
         # Where in its candidates each true neighbour stands; behind all of them if it is not there.
-        scanned = index._scanner.scan(unit, limit, probes)
-        ranks = [_places(nearest, truth, limit) for nearest, truth in zip(scanned, truths, strict=True)]
+        scanned = index._scanner.scan(unit, min(n, limit + largest), probes)
+        ranks = [
+            _places(found[group[found] != group[own]], truth, limit)
+            for own, found, truth in zip(asked, scanned, truths, strict=True)
+        ]
         depth = _SHALLOWEST
         while True:
             depth = min(depth, limit)

@@ -66,7 +66,7 @@ class Recall(Config):
     Attributes:
         value: mean share of the ten nearest vectors, found exactly, that the index finds too.
         low: two standard errors below it.
-        queries: vectors of the index that were looked up; none was counted as its own neighbour.
+        queries: vectors of the index that were looked up, cells among those of other wells.
         target: what was asked for; ``low`` is below it where the index could not be made to reach it.
     """
 
@@ -112,14 +112,12 @@ class Added(Config):
     """Plates that were added to an index.
 
     Attributes:
-        screen: that they came from.
+        screen: the folder that their embeddings lie in.
         plates: their names.
-        cells: how many.
     """
 
     screen: str
     plates: tuple[str, ...]
-    cells: int = Field(ge=0)
 
 
 class IndexManifest(Config):

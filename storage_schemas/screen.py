@@ -184,6 +184,10 @@ class Screen:
         """The similarity index, a folder (see :mod:`storage_schemas.index`)."""
         return self._path("index")
 
+    def added(self, name: str = "") -> str:
+        """Where plates of another screen lie that were added to the index, with their embeddings; or all such."""
+        return self._path("added", name) if name else self._path("added")
+
     @property
     def evaluation(self) -> str:
         """The held-out tests."""
@@ -281,7 +285,7 @@ class Screen:
         written: dict[str, Sequence[str]] = {
             "segment": ("cells", "quality", "clips", "calibration", "sequences.parquet"),
             "train": ("checkpoint", "split.parquet", "train"),
-            "embed": ("embeddings",),
+            "embed": ("embeddings", "added"),
             "index": ("index", "profiles", "predictions"),
             "statistics": ("statistics",),
             "evaluate": ("evaluation.json",),

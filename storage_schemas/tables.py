@@ -637,6 +637,16 @@ def vector_dimension(url: str, column: str) -> int:
     return int(kind.list_size)
 
 
+def table_mark(content: bytes) -> dict[str, object] | None:
+    """What a Parquet file says of itself: form, version and fingerprint; None where no screen has written it."""
+    try:
+        raw = (pq.read_schema(pa.BufferReader(content)).metadata or {}).get(_METADATA_KEY)
+        mark = None if raw is None else json.loads(raw)
+    except (pa.ArrowException, OSError, ValueError):
+        return None
+    return mark if isinstance(mark, dict) else None
+
+
 def _check_mark(url: str, schema: pa.Schema, form: TableForm) -> dict[str, object]:
     """What a file says of itself, which must be the form that is expected."""
     raw = (schema.metadata or {}).get(_METADATA_KEY)

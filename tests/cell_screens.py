@@ -27,7 +27,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def write_cells(folder: Path, clips: int = CLIPS) -> Path:
+def write_cells(folder: Path, clips: int = CLIPS, prefix: str = "p", seed: int = 0) -> Path:
     """Two replicate plates: controls, two mechanisms of three compounds each, and a compound without one.
 
     Cells of a mechanism are brighter than others in a channel of its own; the screen's segmentation is said to be done.
@@ -37,7 +37,7 @@ def write_cells(folder: Path, clips: int = CLIPS) -> Path:
     plate_map = pd.DataFrame(
         [
             {
-                "plate": f"p{replicate}",
+                "plate": f"{prefix}{replicate}",
                 "well": f"A{i + 1:02}",
                 "compound": compound,
                 "role": role,
@@ -56,7 +56,7 @@ def write_cells(folder: Path, clips: int = CLIPS) -> Path:
     screen.write_manifest(Manifest(software={}, config={}, inputs="made up", stages={"segment": record}))
     write_table(screen.plate_map, plate_map, PLATE_MAP)
     write_table(screen.compounds, compounds.sort_values("compound"), COMPOUNDS)
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     for key, compound in zip(well_keys(plate_map), plate_map["compound"], strict=True):
         light = np.array([60 if compound.startswith(moa) else 20 for moa in MOAS])
         pixels = rng.poisson(light[:, None, None, None], (clips, *SHAPE)).astype(np.uint8)

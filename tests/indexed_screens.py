@@ -15,7 +15,7 @@ from screening.profiles import Mean, ProfilesConfig
 from screening.similarity import AutoIndex, IndexConfig
 from storage_schemas.checkpoint import CheckpointManifest, write_checkpoint
 from storage_schemas.keys import WellKey
-from storage_schemas.screen import Manifest, Screen
+from storage_schemas.screen import Manifest, Screen, StageRecord
 from storage_schemas.tables import COMPOUNDS, PLATE_MAP, SPLIT, embeddings_form, write_table
 
 MOAS = ("uncoupler", "potassium ionophore")
@@ -39,7 +39,8 @@ def write_screen(
         seed: of cells; compounds lie where they lie.
     """
     screen = Screen(str(folder))
-    screen.write_manifest(Manifest(software={}, config={}, inputs="simulated"))
+    record = StageRecord(fingerprint="embedded", done=True, counts={"wells": 8 * len(plates)})
+    screen.write_manifest(Manifest(software={}, config={}, inputs="simulated", stages={"embed": record}))
     names = [*(f"{moa.replace(' ', '-')}-{i}" for moa in MOAS for i in (1, 2, 3)), "DMSO", "DMSO"]
     wells = [f"{row}{column:02d}" for row in "AB" for column in range(1, 5)]
     plate_map = pd.DataFrame(
@@ -81,7 +82,7 @@ def write_screen(
                 ),
             }
         )
-        write_table(screen.embeddings(key), table, embeddings_form(DIMENSION))
+        write_table(screen.embeddings(key), table, embeddings_form(DIMENSION), "embedded")
     write_raw(screen, read_cells(screen, keys), Mean(), "")
     write_profiles(screen, ProfilesConfig(), "")
     build_index(screen, config or AutoIndex(), keys)

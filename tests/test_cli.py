@@ -131,7 +131,7 @@ def test_no_command(command: Command) -> None:
         (["query", "{out}", "--compound", "DMSO", "-k", "0"], "-k"),
         (["query", "{out}", "--compound", "DMSO", "--level", "plate"], "--level"),
         (["query", "{out}", "--compound", "DMSO", "--format", "xml"], "--format"),
-        (["query", "{out}"], "Missing option '--compound'"),
+        (["query", "{out}"], "give one of --compound"),
     ],
 )
 def test_wrong_usage_is_code_2(

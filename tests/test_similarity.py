@@ -174,6 +174,30 @@ def test_recall_is_what_a_search_finds(config: CompressedIndex | IvfIndex) -> No
     assert tuning.low == pytest.approx(np.mean(shares) - 2 * np.std(shares, ddof=1) / 16, abs=0.003)
 
 
+def test_recall_is_of_neighbours_in_other_groups() -> None:
+    """Cells of a well find each other; what is counted is whether they find cells of other wells."""
+    rng = np.random.default_rng(3)
+    wells = clustered(100, 32)
+    unit = to_unit(np.repeat(wells, 20, axis=0) + 0.02 * rng.normal(size=(2000, 32)))
+    group = np.repeat(np.arange(100), 20)
+    config = CompressedIndex(recall=0.5)
+    quantiser = train(unit, config, 2000)
+    index = Index(unit, quantiser, quantiser.encode(unit))
+    shares = []
+    asked = np.sort(np.random.default_rng(0).choice(2000, 256, replace=False))
+    tuning = tune(index, config, group)
+    for i in asked:
+        others = np.flatnonzero(group != group[i])
+        exact = others[nearest(unit[others], unit[i], 10)]
+        candidates = index._scanner.scan(unit[i : i + 1], 2000, 0)[0]
+        candidates = candidates[group[candidates] != group[i]][: tuning.effort.depth]
+        shares.append(np.isin(exact, candidates).mean())
+    assert tuning.recall == pytest.approx(np.mean(shares), abs=0.003)
+    one_well = tune(index, config, np.zeros(2000, np.int64))
+    assert one_well == tune(index, config)
+    assert one_well.recall > tuning.recall
+
+
 def test_the_same_vectors_give_the_same_index() -> None:
     unit = clustered(3000, 24)
     for config in KINDS:
