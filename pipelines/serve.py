@@ -158,12 +158,10 @@ class Desk:
         Raises:
             InputError: if it cannot be answered.
         """
-        asked: dict[str, Any] = {question.by: question.name}
         if question.by == "file":
             with self._uploads:
-                asked = {"vectors": read_vectors(content or b"")}
-                return _as_json(self._look_up(question, asked))
-        return _as_json(self._look_up(question, asked))
+                return self._look_up(question, vectors=read_vectors(content or b""))
+        return self._look_up(question, **{question.by: question.name})
 
     def clip(self, key: TrackKey) -> dict[str, Any]:
         """The film strip of a cell.
@@ -178,14 +176,15 @@ class Desk:
         strip = film_strip(example, self._brightness or brightness([example]))
         return {"strip": strip.strip, "frames": strip.frames, "width": strip.width, "height": strip.height}
 
-    def _look_up(self, question: Question, asked: Mapping[str, Any]) -> pd.DataFrame:
-        return self.searcher.query(
+    def _look_up(self, question: Question, **asked: Any) -> dict[str, Any]:
+        found = self.searcher.query(
             **asked,
             level=question.level,
             k=question.k,
             moa=() if question.moa is None else (question.moa,),
             exclude_same_compound=question.exclude_same_compound,
         )
+        return _as_json(found)
 
 
 class Server(ThreadingHTTPServer):
