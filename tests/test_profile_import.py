@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -309,3 +311,29 @@ def test_what_needs_a_network_says_that_there_is_none(tables: list[Path], tmp_pa
         done = command(name, tmp_path / "screen")
         assert done.code == 1
         assert "was imported and not run" in done.err
+
+
+_PEAK = """
+import resource, sys
+from pipelines.import_profiles import ImportProfilesConfig, import_profiles
+import_profiles(sys.argv[1] + ".screen", ImportProfilesConfig(tables=(sys.argv[1],)))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.slow
+def test_memory_grows_with_the_measurements_and_not_with_their_text(tmp_path: Path) -> None:
+    """A CSV file takes some ten bytes a number, and a table of text in memory several times that."""
+    rng = np.random.default_rng(0)
+    peaks, n_features = [], 500
+    for plates in (10, 50):
+        for plate in range(plates):
+            frame = pd.DataFrame(rng.normal(size=(384, n_features))).add_prefix("Cells_")
+            frame.insert(0, "Metadata_Plate", f"P{plate}")
+            frame.insert(1, "Metadata_Well", [f"{chr(65 + i // 24)}{i % 24 + 1:02d}" for i in range(384)])
+            frame.insert(2, "compound", ["DMSO" if i % 8 == 0 else f"drug {i}" for i in range(384)])
+            path = tmp_path / f"{plates}.csv"
+            frame.to_csv(path, index=False, header=plate == 0, mode="a", float_format="%.6g")
+        done = subprocess.run([sys.executable, "-c", _PEAK, str(path)], capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout))
+    assert peaks[1] - peaks[0] < 5 * 4 * 40 * 384 * n_features
