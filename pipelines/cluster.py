@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ray
 
 from storage_schemas.errors import InputError
 
 READER_CPUS = 0.25  # that an actor asks for which reads and augments batches
+_PATIENCE = 10.0  # seconds for a cluster's head to answer; Ray itself would try for minutes
 
 if TYPE_CHECKING:  # the configuration pulls in torch, which segmentation workers do without
     from pipelines.config import ResourcesConfig
@@ -20,9 +22,14 @@ if TYPE_CHECKING:  # the configuration pulls in torch, which segmentation worker
 
 @contextmanager
 def cluster(resources: ResourcesConfig) -> Iterator[None]:
-    """Connect to the cluster that ``RAY_ADDRESS`` names, or start Ray on this machine for as long as the block lasts.
+    """Use the Ray that there is, for as long as the block lasts.
 
-    If Ray is already running in this process (in a notebook, a test or a job) it is used and left running.
+    It is, in this order: the one that this process is connected to already, as in a notebook or a test, which is left
+    running; the cluster that ``RAY_ADDRESS`` names, which Ray sets in a job; or one started on this machine.
+
+    Raises:
+        InputError: if the cluster cannot be reached or does not let us in, if what is asked of it is not there, or for
+            what failed in the block.
     """
     if ray.is_initialized():
         with _translated():
@@ -35,8 +42,8 @@ def cluster(resources: ResourcesConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     common = {"logging_level": logging.ERROR, "log_to_driver": False}
     with _silenced_stderr():
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(**common)
+        if address := cluster_address():
+            _connect(address, **common)
         else:
             ray.init(
                 address="local",
@@ -52,6 +59,40 @@ def cluster(resources: ResourcesConfig) -> Iterator[None]:
             yield
     finally:
         ray.shutdown()
+
+
+def cluster_address() -> str:
+    """The running cluster that ``RAY_ADDRESS`` names; empty if Ray is to be started on this machine."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    return "" if address == "local" else address
+
+
+def _connect(address: str, **options: Any) -> None:
+    """Connect to a running cluster.
+
+    Raises:
+        InputError: if it is not there, or does not let us in.
+    """
+    if "://" in address:
+        raise InputError(
+            f"RAY_ADDRESS={address}: a run is driven from a machine of the cluster; submit it as a job "
+            "(`ray job submit`, see docs/cluster.md), or give the head's address as host:port"
+        )
+    host, _, port = address.rpartition(":")
+    try:
+        if host and port.isdecimal():
+            socket.create_connection((host.strip("[]"), int(port)), _PATIENCE).close()
+        ray.init(**options)
+    except ray.exceptions.AuthenticationError as error:
+        raise InputError(
+            f"RAY_ADDRESS={address}: the cluster does not let us in: it wants RAY_AUTH_MODE=token and its token in "
+            "~/.ray/auth_token (or in the file that RAY_AUTH_TOKEN_PATH names)"
+        ) from error
+    except OSError as error:
+        raise InputError(
+            f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}); start it (`ray start --head`, `ray up`), "
+            "mend the address, or unset RAY_ADDRESS to use this machine"
+        ) from error
 
 
 @contextmanager
@@ -73,7 +114,7 @@ def check_room(resources: ResourcesConfig) -> None:
     Raises:
         InputError: naming the setting.
     """
-    if os.environ.get("RAY_ADDRESS"):
+    if cluster_address():
         return
     there = ray.cluster_resources()
     cpus, gpus = there.get("CPU", 0.0), there.get("GPU", 0.0)
