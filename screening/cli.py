@@ -678,6 +678,26 @@ def status(screen: ScreenArgument, output: FormatOption = Format.table) -> None:
 
 
 @app.command()
+def doctor(
+    urls: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[URL]...", help="Folders or URLs to reach; a file is written there and removed."),
+    ] = None,
+    output: FormatOption = Format.table,
+) -> None:
+    """What stands in the way of a run here, and how to mend it? Exit code 1 if something is wrong.
+
+    Looks at packages, torch, the machine, GPUs, authentication, the cluster of RAY_ADDRESS, and storage.
+    """
+    from pipelines.doctor import examine
+
+    found = examine(urls or ())
+    _print(found, output)
+    if (found["state"] == "wrong").any():
+        raise typer.Exit(Exit.FAILED)
+
+
+@app.command()
 def normalisation(screen: ScreenArgument, output: FormatOption = Format.table) -> None:
     """What are clips centred and scaled by in training? Mean and standard deviation of each channel, from 0 to 1.
 
