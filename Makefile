@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format benchmark-site benchmark-ray benchmark-segmentation benchmark-retrieval benchmark-recipes benchmark-training benchmark-train-loading benchmark-ablations benchmark-report clean
+.PHONY: help demo test test-slow lint format benchmark-site benchmark-ray benchmark-segmentation benchmark-retrieval benchmark-recipes benchmark-training benchmark-train-loading benchmark-ablations benchmark-report benchmark-network clean
 
 help:
 	@echo "make demo       simulate a small screen, run every stage, ask it a question (into demo/)"
@@ -22,6 +22,7 @@ help:
 	@echo "make benchmark-retrieval  retrieval metrics beside a loop over queries, and their memory"
 	@echo "make benchmark-recipes SCREEN=…  settings of recipes chosen on some compounds, scored on others"
 	@echo "make benchmark-train-loading  training through the loader beside batches in memory"
+	@echo "make benchmark-network  clips a second of training and embedding, and their share of the device's matrix rate"
 	@echo "make benchmark-ablations  MitoReID's two tables on a simulated screen (into ablations/)"
 	@echo "make benchmark-report  the page of a 384-well screen: its size, and how soon a browser shows it"
 	@echo "make clean      remove the environment, caches, builds and demo/"
@@ -70,6 +71,9 @@ benchmark-training: $(INSTALLED)
 
 benchmark-train-loading: $(INSTALLED)
 	$(BIN)/python benchmarks/train_loading.py
+
+benchmark-network: $(INSTALLED)
+	$(BIN)/python benchmarks/network.py
 
 benchmark-ablations: $(INSTALLED)
 	$(BIN)/python benchmarks/ablations.py ablations

@@ -113,7 +113,5 @@ class EmbedWells:
         # A slice at a time: memory does not grow with the cells of a well.
         for start in range(0, len(vectors), config.read_clips):
             block = read_clips(url, slice(start, start + config.read_clips))
-            vectors[start : start + len(block)] = embed(
-                self._network, block, self._normalisation, frames, config.batch_size
-            )
+            vectors[start : start + len(block)] = embed(self._network, block, self._normalisation, frames, config)
         return vectors

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,8 +22,11 @@ from storage_schemas.errors import InputError
 class EmbedConfig(Config):
     """How clips are fed to the network; nothing here changes an embedding beyond rounding."""
 
-    batch_size: int = Field(
-        8, ge=1, description="clips at a time; small on a CPU, whose caches then hold the activations"
+    batch_size: int | None = Field(
+        None, ge=1, description="clips at a time; null: 8 on a CPU, whose caches then hold the activations, 64 on a GPU"
+    )
+    precision: Literal["float32", "bf16"] = Field(
+        "float32", description="of the network's arithmetic; bf16 where the device has instructions for it"
     )
     read_clips: int = Field(64, ge=1, description="clips read at a time; bounds an actor's memory")
 
@@ -52,7 +55,7 @@ def embed(
     clips: Clips | Tensor,
     normalisation: Normalisation,
     frames: Sequence[int],
-    batch_size: int = 8,
+    config: EmbedConfig | None = None,
 ) -> NDArray[np.float32]:
     """Embed clips, on the device that the network is on. The network is left in evaluation mode.
 
@@ -61,8 +64,7 @@ def embed(
         clips: (N, C, T, H, W) of any stored type.
         normalisation: that the network was trained with.
         frames: of the clip that the network is fed (:func:`screening.i3d.frames_seen`).
-        batch_size: clips at a time; on a CPU small batches, whose activations stay in its caches,
-            are faster.
+        config: ``batch_size`` and ``precision`` are used; the defaults when None.
 
     Returns:
         (N, D) float32, after the neck; cosine distance compares them.
@@ -70,10 +72,12 @@ def embed(
     Raises:
         InputError: if the clips have another number of channels than the network was trained with.
     """
+    config = config or EmbedConfig()
     device = next(model.parameters()).device
+    batch_size = config.batch_size or (8 if device.type == "cpu" else 64)
     model.eval()
     embeddings = np.empty((len(clips), model.embedding_dim), dtype=np.float32)
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         for start in range(0, len(clips), batch_size):
             batch = torch.as_tensor(clips[start : start + batch_size])[:, :, list(frames)]
             _, embedding = model(normalisation.apply(batch.to(device)))

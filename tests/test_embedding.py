@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from screening.embedding import embed
+from screening.embedding import EmbedConfig, embed
 from screening.i3d import I3DResNet, ModelConfig
 from screening.training import Normalisation
 from storage_schemas.clips import white
@@ -30,7 +30,7 @@ def clips(n: int = 7) -> np.ndarray:
 
 
 def test_embeddings_are_those_of_each_clip_alone(network: I3DResNet) -> None:
-    found = embed(network, clips(), NORMALISATION, FRAMES, batch_size=3)
+    found = embed(network, clips(), NORMALISATION, FRAMES, EmbedConfig(batch_size=3))
     assert found.dtype == np.float32
     assert found.shape == (7, network.embedding_dim)
     x = (torch.from_numpy(clips()) / 255 - torch.tensor([0.4, 0.5]).reshape(2, 1, 1, 1)) / torch.tensor(
@@ -56,6 +56,15 @@ def test_the_type_of_the_clips_changes_an_embedding_only_by_rounding(network: I3
     of_coarse, of_finer = (embed(network, c, NORMALISATION, FRAMES) for c in (coarse, finer))
     spread = np.linalg.norm(of_coarse - of_coarse.mean(axis=0), axis=1).mean()
     assert (np.linalg.norm(of_coarse - of_finer, axis=1) < 0.05 * spread).all()
+
+
+def test_bfloat16_changes_an_embedding_only_by_rounding(network: I3DResNet) -> None:
+    full, rounded = (
+        embed(network, clips(), NORMALISATION, FRAMES, EmbedConfig(precision=p)) for p in ("float32", "bf16")
+    )
+    assert rounded.dtype == np.float32
+    assert not np.array_equal(full, rounded)
+    np.testing.assert_allclose(full, rounded, atol=0.02 * np.abs(full).max())
 
 
 def test_only_the_frames_asked_for_count(network: I3DResNet) -> None:
