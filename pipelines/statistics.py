@@ -27,6 +27,7 @@ from screening.profiles import ProfilesConfig, process
 from screening.statistics import StatisticsConfig, with_fdr
 from storage_schemas import store
 from storage_schemas.base import Config
+from storage_schemas.errors import SchemaError
 from storage_schemas.screen import Screen, fingerprint
 from storage_schemas.tables import (
     ACTIVITY,
@@ -59,7 +60,7 @@ def statistics(config: RunConfig, inputs: Inputs, screen: Screen, mark: str) -> 
     Returns:
         Counts, and notes for the reader.
     """
-    return _write(screen, _Settings(seed=config.seed, statistics=config.statistics, profiles=config.profiles), mark)
+    return _write(screen, _Settings(seed=config.seed, statistics=config.statistics, profiles=config.profiles))
 
 
 class _Settings(Config):
@@ -92,11 +93,29 @@ def compute(url: str, changes: Mapping[str, Any] | None = None) -> Screen:
         problems = "; ".join(f"{entry['loc'][0]}: {entry['msg']}" for entry in error.errors())
         raise ConfigError(f"the settings of the statistics are not usable: {problems}") from error
     settings = settings.model_copy(update={"statistics": own})
+    mark = _identity(screen, settings)
+    record = screen.read_manifest().stages.get("statistics")
+    # A run that has done them knows the stage by another mark, which is left as it is.
+    if record is None or not record.done or not _is_of(screen, mark):
+        do_stage(screen, "statistics", mark, lambda: _write(screen, settings), {}, whole=True)
+    return screen
+
+
+def _identity(screen: Screen, settings: _Settings) -> str:
+    """Of all that the tables depend on."""
     read = [screen.profiles("raw"), screen.profiles("compound"), screen.plate_map, screen.compounds]
     digests = [hashlib.sha256(store.read_bytes(each)).hexdigest() for each in read if store.exists(each)]
-    mark = fingerprint("statistics", OUTPUT_VERSION, settings.model_dump(mode="json"), digests)
-    do_stage(screen, "statistics", mark, lambda: _write(screen, settings, mark), {}, whole=True)
-    return screen
+    return fingerprint("statistics", OUTPUT_VERSION, settings.model_dump(mode="json"), digests)
+
+
+def _is_of(screen: Screen, mark: str) -> bool:
+    """Whether the tables are there and were made of the same."""
+    try:
+        for name, form in TABLES.items():
+            open_table(screen.statistics(name), form, [], fingerprint=mark)
+    except SchemaError:
+        return False
+    return True
 
 
 def read_statistics(screen: Screen, table: str) -> pd.DataFrame:
@@ -130,7 +149,7 @@ class _Wells(NamedTuple):
     processed: npt.NDArray[np.float32]  # by the screen's own recipe
 
 
-def _write(screen: Screen, config: _Settings, mark: str) -> tuple[Counts, list[str]]:
+def _write(screen: Screen, config: _Settings) -> tuple[Counts, list[str]]:
     """Compute all tables and write them."""
     wells, notes = _read_wells(screen, config.statistics)
     by = ["compound", *(name for name in config.profiles.treatment if name in wells.metadata and name != "compound")]
@@ -141,6 +160,7 @@ def _write(screen: Screen, config: _Settings, mark: str) -> tuple[Counts, list[s
         "doses": _doses(wells.metadata, distance, by, config.statistics, config.seed),
     }
     found["consistency"], left_out = _consistency(screen, found["activity"], config.statistics, config.seed)
+    mark = _identity(screen, config)
     for name, table in found.items():
         write_table(screen.statistics(name), _prefixed(table, TABLES[name]), TABLES[name], mark)
     counts = {

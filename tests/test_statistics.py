@@ -22,7 +22,7 @@ from pipelines.profiles import write_profiles
 from pipelines.statistics import compute, read_statistics
 from pipelines.vectors import vector_column
 from screening import statistics
-from screening.profiles import ProfilesConfig, Standardised
+from screening.profiles import Median, ProfilesConfig, Standardised
 from screening.significance import (
     arrangements,
     at_least,
@@ -549,11 +549,18 @@ def test_statistics_are_done_again_when_profiles_or_settings_change(screen: Scre
     first = p_value_of_still()
     compute(screen.url)
     assert screen.read_manifest().stages["statistics"] == before
+    # A run that has done them under a mark of its own is not done again.
+    screen.write_record("statistics", before.model_copy(update={"fingerprint": "of a run"}))
+    compute(screen.url)
+    assert screen.read_manifest().stages["statistics"].fingerprint == "of a run"
     compute(screen.url, {"n_permutations": 100})
     assert p_value_of_still() != first
     assert set(read_statistics(screen, "activity")["n_relabelings"].dropna()) == {100}
     compute(screen.url)
     assert p_value_of_still() == first
+    write_profiles(screen, ProfilesConfig(recipe=Standardised(reference="plate"), consensus=Median()), "")
+    compute(screen.url)
+    assert screen.read_manifest().stages["statistics"].fingerprint != before.fingerprint
     with pytest.raises(ConfigError, match="fdr: Input should be less than 1"):
         compute(screen.url, {"fdr": 2})
 
