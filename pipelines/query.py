@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +24,8 @@ COLUMNS = ("rank", "id", "compound", "moa", "similarity")
 class Searcher:
     """A screen's similarity index, held open: a question takes milliseconds once its level has been opened.
 
-    Several threads may ask at once. What is opened is one build of the index and stays so when the screen is indexed
-    anew; :attr:`build` tells one from another.
+    Several threads may ask at once. Levels that have been opened stay what they are when the screen is indexed anew;
+    :attr:`build` tells one index from another.
 
     Args:
         screen: with an index, or where it lies.
@@ -56,15 +57,15 @@ class Searcher:
     def index(self, level: Level) -> Index:
         """The vectors of a level; opened when it is first asked for."""
         if level not in self._indexes:
-            self._require(level)
-            self._indexes[level] = open_level(self.screen.index, self.manifest, level)
+            with self._opening(level):
+                self._indexes[level] = open_level(self.screen.index, self.manifest, level)
         return self._indexes[level]
 
     def ids(self, level: Level) -> pd.DataFrame:
         """What they are of, in their order (:data:`storage_schemas.tables.INDEX_IDS`)."""
         if level not in self._ids:
-            self._require(level)
-            self._ids[level] = read_ids(self.screen.index, self.manifest, level)
+            with self._opening(level):
+                self._ids[level] = read_ids(self.screen.index, self.manifest, level)
         return self._ids[level]
 
     def compare_with(self, level: Level, index: Index) -> None:
@@ -177,12 +178,21 @@ class Searcher:
         labels = [[] if pd.isna(moa) else [moa] for moa in everything["moa"]]
         return enrichment(labels[:k], labels).rename(columns={"label": "moa"})
 
-    def _require(self, level: Level) -> None:
+    @contextmanager
+    def _opening(self, level: Level) -> Iterator[None]:
         if level not in self.manifest.levels:
             raise InputError(
                 f"{self.screen.url}: its index has no level {level!r}, only {', '.join(self.levels)}: profiles that "
                 "were imported come without cells"
             )
+        try:
+            yield
+        except SchemaError as error:
+            if read_manifest(self.screen.index).build != self.build:
+                raise SchemaError(
+                    self.screen.url, "has been indexed anew since it was opened: open it again"
+                ) from error
+            raise
 
     def _mean(self, level: Level, rows: npt.NDArray[np.bool_]) -> Vectors:
         """(1, D) mean of some vectors of a level."""

@@ -214,9 +214,11 @@ def test_questions_that_cannot_be_answered(searcher: Searcher, arguments: dict[s
 def test_a_searcher_goes_on_while_the_screen_is_indexed_anew(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "screen")
     screen = Screen(str(tmp_path / "screen"))
-    old = Searcher(screen)
+    old, late = Searcher(screen), Searcher(screen)
     expected = {level: old.query(compound=COMPOUND, level=level) for level in LEVELS}
     build_index(screen, ExactIndex(), well_keys(open_table(screen.plate_map, PLATE_MAP).to_pandas()))
+    with pytest.raises(InputError, match="indexed anew since it was opened: open it again"):
+        late.query(compound=COMPOUND)
     new = Searcher(screen.url)
     assert new.build != old.build
     for level in LEVELS:
