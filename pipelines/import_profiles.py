@@ -21,7 +21,7 @@ from pydantic import Field
 from pipelines.indexing import build_index
 from pipelines.profiles import write_profiles
 from pipelines.vectors import vector_column
-from screening.profile_import import KEYS, Wells, add_compounds, interpret, settle
+from screening.profile_import import KEYS, OF_COMPOUND, Wells, add_compounds, interpret, settle
 from screening.profiles import ProfilesConfig
 from screening.similarity import AutoIndex, IndexConfig
 from storage_schemas import store
@@ -211,9 +211,16 @@ def _plan(config: ImportProfilesConfig) -> _Plan:
     sources = [open_source(url) for url in config.tables]
     notes: list[str] = []
     columns = []
+    elsewhere = set() if config.compounds is None else set(open_source(config.compounds).columns)
     for source in sources:
+        # What only the table of compounds has is looked for there.
+        here = {
+            key: name
+            for key, name in config.columns.items()
+            if key not in OF_COMPOUND or name in source.columns or name not in elsewhere
+        }
         try:
-            found = interpret(source.columns, source.numbers, config.columns, config.features, source.variables)
+            found = interpret(source.columns, source.numbers, here, config.features, source.variables)
         except InputError as error:
             raise InputError(f"{source.url}: {error}") from error
         columns.append(found)

@@ -220,6 +220,19 @@ def test_tables_become_a_screen_that_is_asked_like_any_other(
     assert "features left out 3" in state.loc["index", "counts"]
 
 
+def test_a_column_may_be_one_of_the_table_of_compounds(tables: list[Path], tmp_path: Path) -> None:
+    known = pd.read_csv(tables[2]).rename(columns={"moa": "what it does"})
+    known.to_csv(tables[2], index=False)
+    config = ImportProfilesConfig(
+        tables=(str(tables[0]),), columns={"moa": "what it does"}, compounds=str(tables[2]), profiles=ProfilesConfig()
+    )
+    import_profiles(str(tmp_path / "screen"), config)
+    wells = read_profiles(Screen(str(tmp_path / "screen")))[0]
+    assert set(wells["moa"].dropna()) == {"poison", "cure"}
+    with pytest.raises(InputError, match="there is no column 'what it does'"):
+        import_profiles(str(tmp_path / "other"), config.model_copy(update={"compounds": None}))
+
+
 def test_another_recipe_starts_from_what_was_imported(tables: list[Path], tmp_path: Path, command: Command) -> None:
     out = str(tmp_path / "screen")
     config = ImportProfilesConfig(tables=tuple(map(str, tables[:2])))
