@@ -377,7 +377,7 @@ def serve(
 ) -> None:
     """Show the report of a screen in a browser, with a form to ask it. Ctrl-C stops it.
 
-    It reads the screen and writes nothing. What is sent is not encrypted.
+    It changes nothing in the screen. What is sent is not encrypted.
     """
     from pipelines.serve import open_server
     from pipelines.serve import serve as run_server
