@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format benchmark-site benchmark-ray benchmark-segmentation benchmark-retrieval benchmark-recipes benchmark-training benchmark-train-loading benchmark-ablations benchmark-report benchmark-network clean
+.PHONY: help demo test test-slow lint format benchmark-site benchmark-ray benchmark-segmentation benchmark-retrieval benchmark-index benchmark-recipes benchmark-training benchmark-train-loading benchmark-ablations benchmark-report benchmark-network clean
 
 help:
 	@echo "make demo       simulate a small screen, run every stage, ask it a question (into demo/)"
@@ -20,6 +20,7 @@ help:
 	@echo "make benchmark-segmentation  nuclei and cells against truth, beside the plain scikit-image way"
 	@echo "make benchmark-training  what the steps of training cost, beside the plain ways"
 	@echo "make benchmark-retrieval  retrieval metrics beside a loop over queries, and their memory"
+	@echo "make benchmark-index  a query among a million cells, beside exact search and ScaNN"
 	@echo "make benchmark-recipes SCREEN=…  settings of recipes chosen on some compounds, scored on others"
 	@echo "make benchmark-train-loading  training through the loader beside batches in memory"
 	@echo "make benchmark-network  clips a second of training and embedding, and their share of the device's matrix rate"
@@ -62,6 +63,10 @@ benchmark-segmentation: $(INSTALLED)
 
 benchmark-retrieval: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/retrieval.py
+
+benchmark-index: $(INSTALLED)
+	$(BIN)/pip install --constraint constraints.txt --editable '.[benchmark]'
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/index.py
 
 benchmark-recipes: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/recipes.py $(SCREEN)
