@@ -201,3 +201,16 @@ def test_scores_are_written_by_the_name_of_the_file(tmp_path: Path, injuries: Sc
     assert wide(found.scores)["recipe"].tolist() == ["raw", "(chance)"]
     with pytest.raises(InputError, match=r"ends in \.parquet or \.json"):
         write_scores(str(tmp_path / "s.txt"), found)
+
+
+def test_a_screen_that_was_run_is_tested_by_the_same_command(finished_screen: Path, command: Command) -> None:
+    done = command(
+        "profiles", "evaluate", finished_screen, "--recipe", "raw", "--recipe", "sphered", "--format", "json"
+    )
+    assert done.code == 0, done.err
+    rows = json.loads(done.out)
+    assert {row["recipe"] for row in rows} == {"raw", "sphered"}
+    assert {row["test"] for row in rows} == {"replicate", "replicate or control", "class"}
+    refused = command("profiles", "process", finished_screen, "--recipe", "raw")
+    assert refused.code == 1
+    assert "were not imported but made by a run" in refused.err
