@@ -252,7 +252,7 @@ def family(folder: Path, queries: Array, _truth: Array, _depth: int) -> dict[str
     def ours(config: Any) -> tuple[Callable[[Array], Array], Any, str]:
         quantiser = train(vectors[: training_size(config, len(vectors))], config, len(vectors))
         codes = quantiser.encode(vectors)
-        effort = tune(Index(vectors, quantiser, codes), config).effort
+        effort = tune(Index(vectors, quantiser, codes), config, np.arange(len(vectors)) // CELLS).effort
         index = Index(vectors, quantiser, codes, effort)
         assert index._scanner is not None
         return lambda query: index.search(query, NEIGHBOURS)[1], index._scanner._index, _said(effort)
