@@ -78,20 +78,24 @@ def _connect(address: str, **options: Any) -> None:
             f"RAY_ADDRESS={address}: a run is driven from a machine of the cluster; submit it as a job "
             "(`ray job submit`, see docs/cluster.md), or give the head's address as host:port"
         )
+    absent = (
+        f"RAY_ADDRESS={address}: no Ray cluster answers there; start it (`ray start --head`, `ray up`), mend the "
+        "address, or unset RAY_ADDRESS to use this machine"
+    )
     host, _, port = address.rpartition(":")
     try:
         if host and port.isdecimal():
             socket.create_connection((host.strip("[]"), int(port)), _PATIENCE).close()
-        ray.init(**options)
-    except ray.exceptions.AuthenticationError as error:
-        raise InputError(
-            f"RAY_ADDRESS={address}: the cluster does not let us in: it wants RAY_AUTH_MODE=token and its token in "
-            "~/.ray/auth_token (or in the file that RAY_AUTH_TOKEN_PATH names)"
-        ) from error
     except OSError as error:
+        raise InputError(f"{absent} ({error})") from error
+    try:
+        ray.init(**options)
+    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+        if not host:
+            raise InputError(f"{absent} ({error})") from error
         raise InputError(
-            f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}); start it (`ray start --head`, `ray up`), "
-            "mend the address, or unset RAY_ADDRESS to use this machine"
+            f"RAY_ADDRESS={address}: what answers there does not let us in ({error}); one that asks for a token "
+            "wants RAY_AUTH_MODE=token and its token in ~/.ray/auth_token (or the file that RAY_AUTH_TOKEN_PATH names)"
         ) from error
 
 
