@@ -95,14 +95,17 @@ def _read_parquet(content: bytes, max_rows: int) -> npt.NDArray[Any]:
         names = [name for name in _VECTOR_COLUMNS if name in file.schema_arrow.names]
         if not names:
             raise InputError(f"the Parquet table has none of the columns {', '.join(_VECTOR_COLUMNS)}")
+        # Before it is read: a text that stands once in the file and a thousand times in the table takes memory each time.
+        kind = file.schema_arrow.field(names[0]).type
+        is_list = pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind)
+        if not is_list or not pa.types.is_floating(kind.value_type):
+            raise InputError(f"the column {names[0]!r} holds {kind}; expected lists of floating-point numbers")
         _check_size(file.metadata, names[0])
         column = file.read(columns=names[:1]).column(0).combine_chunks()
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"the Parquet table cannot be read: {error}") from error
-    if not pa.types.is_list(column.type) and not pa.types.is_fixed_size_list(column.type):
-        raise InputError(f"the column {names[0]!r} holds {column.type}; expected lists of numbers")
     values = column.flatten()
-    if column.null_count or values.null_count or not pa.types.is_floating(values.type):
+    if column.null_count or values.null_count:
         raise InputError(f"the column {names[0]!r} must hold lists of floating-point numbers without gaps")
     if not len(column) or len(values) % len(column):
         raise InputError(f"the lists of the column {names[0]!r} are not of one length")

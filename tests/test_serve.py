@@ -318,6 +318,14 @@ def lists(*values: list[float | None] | None) -> bytes:
     return stream.getvalue()
 
 
+def repeated_text() -> bytes:
+    """Text that stands once in a small file and would fill memory in a table."""
+    text = pa.DictionaryArray.from_arrays(pa.array([0] * MAX_ROWS, pa.int32()), ["x" * 2**16])
+    stream = io.BytesIO()
+    pq.write_table(pa.table({"embedding": text}), stream, store_schema=False)
+    return stream.getvalue()
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -342,6 +350,7 @@ def lists(*values: list[float | None] | None) -> bytes:
         (lists([1.0], [1.0, 2.0, 3.0]), "one length"),
         (lists([1.0, None]), "without gaps"),
         (lists([1.0], None), "without gaps"),
+        (repeated_text(), "holds string; expected lists"),
     ],
 )
 def test_files_are_read_without_trust(content: bytes, said: str, capsys: pytest.CaptureFixture[str]) -> None:
