@@ -420,6 +420,7 @@ class Processed:
         excluded: (D,) why a feature is left out; empty where it is kept.
         basis: what scaling subtracted and divided by, a row a plate and step.
         notes: what a reader should know: what was left out, and what could not be done.
+        scaled: false where a plate had too few reference wells to be scaled by: values have no common unit then.
     """
 
     values: Profiles
@@ -427,6 +428,7 @@ class Processed:
     excluded: npt.NDArray[Any]
     basis: tuple[Basis, ...] = ()
     notes: tuple[str, ...] = ()
+    scaled: bool = True
 
 
 def process(
@@ -468,7 +470,7 @@ def process(
         if isinstance(step, Scale):
             state = _scale(state, wells, step, number)
         elif isinstance(step, Clip):
-            np.clip(state.values, -step.limit, step.limit, out=state.values)
+            state = _clip(state, step)
         elif isinstance(step, Sphere):
             state = _sphere(state, wells, step)
         else:
@@ -621,7 +623,15 @@ def _scale(state: Processed, wells: pd.DataFrame, step: Scale, number: int) -> P
         Basis(number, str(plate), n, center[code], scale[code])
         for code, (plate, n) in enumerate(zip(plates, n_reference, strict=True))
     ]
-    return replace(state, basis=(*state.basis, *basis), notes=tuple(notes))
+    return replace(state, basis=(*state.basis, *basis), notes=tuple(notes), scaled=how == step.scale)
+
+
+def _clip(state: Processed, step: Clip) -> Processed:
+    # A limit in units of the scale would flatten features that are still in units of their own.
+    if not state.scaled:
+        return replace(state, notes=(*state.notes, "profiles are not clipped, since they could not be scaled"))
+    np.clip(state.values, -step.limit, step.limit, out=state.values)
+    return state
 
 
 def _require_reference(

@@ -172,6 +172,11 @@ def test_few_controls_on_one_plate_leave_all_plates_centred_only() -> None:
     assert [row.n_reference for row in done.basis] == [2, 4]
     assert all((row.scale == 1).all() for row in done.basis)
     assert "plate p1 has 2 reference well(s), fewer than min_wells=3" in done.notes[0]
+    assert done.notes[1:] == ()
+    # What has no common unit is not brought back to one limit.
+    clipped = only(values, wells, Scale(), Clip(limit=0.1))
+    np.testing.assert_array_equal(clipped.values, done.values)
+    assert clipped.notes[1:] == ("profiles are not clipped, since they could not be scaled",)
 
 
 def test_values_are_clipped_and_the_input_is_left_alone() -> None:
