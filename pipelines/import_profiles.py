@@ -28,7 +28,7 @@ from storage_schemas import store
 from storage_schemas.base import Config
 from storage_schemas.errors import InputError, SchemaError
 from storage_schemas.profile_sources import Source, open_source
-from storage_schemas.screen import STAGES, Manifest, Screen, StageRecord, fingerprint
+from storage_schemas.screen import STAGES, Manifest, Screen, Stage, StageRecord, fingerprint
 from storage_schemas.tables import (
     COMPOUNDS,
     FEATURES,
@@ -40,6 +40,8 @@ from storage_schemas.tables import (
 )
 
 OUTPUT_VERSION = 1  # raised when the same tables give other files
+
+_OF_PROFILES: tuple[Stage, ...] = ("statistics", "evaluate", "report")  # stages that come of them
 
 _SOFTWARE = ("screening", "numpy", "pandas", "pyarrow", "faiss-cpu")
 
@@ -135,6 +137,7 @@ def _write(screen: Screen, plan: _Plan, config: ImportProfilesConfig, mark: str)
     """Everything but the record that it is done."""
     for stage in STAGES:
         screen.remove_stage(stage)
+    store.remove(screen.added())
     store.remove_partial(screen.url)
     screen.write_manifest(
         Manifest(
@@ -150,8 +153,9 @@ def _write(screen: Screen, plan: _Plan, config: ImportProfilesConfig, mark: str)
     form = raw_profiles_form(len(plan.features))
     written = write_tables(screen.profiles("raw"), _raw_tables(plan), form, mark)
     assert written == len(plan.wells.plate_map), "every well has its profile"
-
-    return _process(screen, config, mark)
+    made, notes = write_profiles(screen, config.profiles, mark)
+    indexed, searched = build_index(screen, config.index, [])
+    return {**indexed, **made}, [*notes, *searched]
 
 
 def reprocess(url: str, config: ProfilesConfig) -> tuple[dict[str, int], list[str]]:
@@ -171,21 +175,18 @@ def reprocess(url: str, config: ProfilesConfig) -> tuple[dict[str, int], list[st
     before = ImportProfilesConfig.model_validate(manifest.config["profiles_import"])
     now = before.model_copy(update={"profiles": config})
     mark = fingerprint(manifest.inputs, config.model_dump(mode="json"))
-    counts, notes = _process(screen, now, mark)
-    for stage in set(STAGES) - {"index"}:
-        screen.remove_stage(stage)  # what came of the profiles before
+    made, notes = write_profiles(screen, config, mark)
+    for stage in _OF_PROFILES:
+        screen.remove_stage(stage)
+    # Before the index is built: plates that were added to it follow the recipe that the manifest names.
     changed = {"config": {"profiles_import": now.model_dump(mode="json")}, "stages": {}}
     screen.write_manifest(manifest.model_copy(update=changed))
+    indexed, searched = build_index(screen, now.index, [])
     old = manifest.stages["index"].counts if "index" in manifest.stages else {}
-    counts = {**{name: old[name] for name in ("rows", "rows left out") if name in old}, **counts}
+    counts = {**{name: old[name] for name in ("rows", "rows left out") if name in old}, **indexed, **made}
+    notes += searched
     _record(screen, mark, counts, notes, time.monotonic() - start)
     return counts, notes
-
-
-def _process(screen: Screen, config: ImportProfilesConfig, mark: str) -> tuple[dict[str, int], list[str]]:
-    made, notes = write_profiles(screen, config.profiles, mark)
-    indexed, searched = build_index(screen, config.index, [])
-    return {**indexed, **made}, [*notes, *searched]
 
 
 def _record(screen: Screen, mark: str, counts: dict[str, int], notes: list[str], seconds: float) -> None:

@@ -285,7 +285,7 @@ class Screen:
         written: dict[str, Sequence[str]] = {
             "segment": ("cells", "quality", "clips", "calibration", "sequences.parquet"),
             "train": ("checkpoint", "split.parquet", "train"),
-            "embed": ("embeddings", "added"),
+            "embed": ("embeddings",),
             "index": ("index", "profiles", "predictions"),
             "statistics": ("statistics",),
             "evaluate": ("evaluation.json",),

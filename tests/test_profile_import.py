@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from conftest import Command
 
+from pipelines.adding import add, rebuild
 from pipelines.import_profiles import ImportProfilesConfig, import_profiles, parse_meanings, reprocess
 from pipelines.query import Searcher
 from pipelines.status import stage_table
@@ -253,6 +254,27 @@ def test_another_recipe_starts_from_what_was_imported(tables: list[Path], tmp_pa
     np.testing.assert_array_equal(read_profiles(Screen(out))[1], now)
     import_profiles(out, config, update=True)
     np.testing.assert_allclose(read_profiles(Screen(out))[1], before, rtol=1e-6)
+
+
+def test_plates_that_were_added_follow_another_recipe_too(tmp_path: Path) -> None:
+    frame = profiles_table()
+    last = frame["Metadata_Plate"] == "P2"
+    for name, own in (("screen", ~last), ("other", last)):
+        frame[own].to_csv(tmp_path / f"{name}.csv", index=False)
+        import_profiles(str(tmp_path / name), ImportProfilesConfig(tables=(str(tmp_path / f"{name}.csv"),)))
+    screen, raw = str(tmp_path / "screen"), ProfilesConfig(recipe=Raw())
+    add(screen, str(tmp_path / "other"))
+    reprocess(screen, raw)
+    tables = tuple(str(tmp_path / f"{name}.csv") for name in ("screen", "other"))
+    import_profiles(str(tmp_path / "both"), ImportProfilesConfig(tables=tables, profiles=raw))
+    expected = Searcher(str(tmp_path / "both"))
+    for again in (False, True):
+        if again:
+            rebuild(screen)
+        found = Searcher(screen)
+        assert found.ids("well")["id"].tolist() == expected.ids("well")["id"].tolist()
+        for level in found.levels:
+            np.testing.assert_array_equal(found.index(level).vectors, expected.index(level).vectors)
 
 
 @pytest.mark.parametrize(
