@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from pipelines.cluster import cluster, usable_cpus
 from pipelines.config import ResourcesConfig
@@ -113,9 +114,8 @@ def ask_clips(searcher: Searcher, url: str, level: Level | None = None, **filter
     if not store.exists(screen.checkpoint):
         raise InputError(f"{screen.url}: has no network to embed clips with: its profiles were imported")
     level = level or "cell"
-    worker = EmbedWells(
-        EmbedContext(screen, EmbedConfig(), "", max(1, int(usable_cpus(ResourcesConfig()))), screen.checkpoint)
-    )
+    # In this process: a question starts no Ray.
+    worker = EmbedWells(EmbedContext(screen, EmbedConfig(), "", torch.get_num_threads(), screen.checkpoint))
     if not Screen(url).exists():
         if level != "cell":
             raise InputError(
@@ -149,6 +149,8 @@ def _in_one_space(searcher: Searcher, other: Screen, embedded: list[tuple[WellKe
     plate_map = open_table(other.plate_map, PLATE_MAP).to_pandas().set_index(["plate", "well"])
     keys = [(well.plate, well.well) for well, _ in embedded]
     known = plate_map.loc[keys].reset_index().assign(n_cells=[len(vectors) for _, vectors in embedded])
+    # A plate of the index may have the same name: each is compared with its own controls. No name holds a slash.
+    known["plate"] = "asked/" + known["plate"]
     added, _ = added_screens(screen, searcher.manifest.embedder)
     others = [read_profiles(each, processed=False) for each in added]
     wells, values = joint_wells(screen, [*others, (known.assign(moa=None, target=None), raw)])

@@ -202,6 +202,16 @@ def test_profiles_asked_about_lie_in_one_space_with_those_added(folders: tuple[P
     assert (found["similarity"] > 0.999).sum() == 14  # of controls nothing is left: they are what is subtracted
 
 
+def test_plates_of_one_name_are_told_apart(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """Each is compared with its own controls, so that what a plate is called changes no answer."""
+    namesake = write_cells(tmp_path / "namesake", seed=1)
+    found, expected = (
+        ask_clips(Searcher(str(folders[0])), str(other), "well", k=3).drop(columns="query")
+        for other in (namesake, folders[1])
+    )
+    pd.testing.assert_frame_equal(found, expected)
+
+
 def test_the_commands(folders: tuple[Path, Path], grown: Path, command: Command) -> None:
     done = command(
         "query",
