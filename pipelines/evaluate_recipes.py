@@ -105,7 +105,8 @@ def evaluate_recipes(
         scores = replicate_scores(done.values, wells, config)
         if labelled:
             of_treatment = wells.groupby(keys, sort=True, dropna=False)
-            treatments = of_treatment[["role", config.label]].first().reset_index()
+            further = [name for name in dict.fromkeys(("role", config.label)) if name not in keys]
+            treatments = of_treatment[further].first().reset_index()
             _, profiles = consensus_profiles(done.values, wells[keys], consensus or Mean())
             scores += class_scores(profiles, treatments, config)
         rows += [(name, done.values.shape[1], score) for score in scores]

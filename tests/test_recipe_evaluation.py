@@ -194,6 +194,13 @@ def test_the_command_prints_and_writes_the_same_numbers(injuries: Screen, tmp_pa
     assert "did you mean 'injury_code'" in wrong.err
 
 
+@pytest.mark.parametrize("label", ["time", "compound", "role"])
+def test_a_class_may_be_what_treatments_are_matched_by(injuries: Screen, label: str) -> None:
+    scores = evaluate_recipes(injuries, {"raw": Raw()}, RecipeEvaluationConfig(label=label, n_bootstrap=1)).scores
+    nearest = scores.set_index(["test", "metric"]).loc[("class", "nearest")]
+    assert (nearest["n_queries"] > 0) == (label != "compound"), "no other compound has a compound's name"
+
+
 def test_scores_are_written_by_the_name_of_the_file(tmp_path: Path, injuries: Screen) -> None:
     found = evaluate_recipes(injuries, parse_recipes(["raw"]), RecipeEvaluationConfig(n_bootstrap=5))
     write_scores(str(tmp_path / "s.json"), found)
