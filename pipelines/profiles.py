@@ -12,6 +12,7 @@ import pyarrow as pa
 from pipelines.vectors import read_profiles, vector_column
 from screening.profiles import Aggregate, Basis, ProfilesConfig, consensus_profiles, process, sum_up
 from storage_schemas import store
+from storage_schemas.errors import InputError
 from storage_schemas.keys import WellKey
 from storage_schemas.screen import Screen
 from storage_schemas.tables import (
@@ -44,13 +45,15 @@ def write_raw(
     """Sum the embeddings of one well after another up to its raw profile; a well without cells has none.
 
     Raises:
-        InputError: for an embedding that is not finite.
+        InputError: for an embedding that is not finite, or if no well has a cell.
     """
     keys, profiles = [], []
     for well, _, cells in wells:
         if len(cells):
             keys.append((well.plate, well.well, len(cells)))
             profiles.append(sum_up(cells, how))
+    if not profiles:
+        raise InputError(f"{screen.url}: no well has a cell with an embedding; `screening status` says what was lost")
     values = np.stack(profiles)
     table = pd.DataFrame(keys, columns=["plate", "well", "n_cells"])
     _write(screen.profiles("raw"), table, values, raw_profiles_form(values.shape[1]), fingerprint)
