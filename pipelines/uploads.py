@@ -95,7 +95,7 @@ def _read_parquet(content: bytes, max_rows: int) -> npt.NDArray[Any]:
         names = [name for name in _VECTOR_COLUMNS if name in file.schema_arrow.names]
         if not names:
             raise InputError(f"the Parquet table has none of the columns {', '.join(_VECTOR_COLUMNS)}")
-        # Before it is read: a text that stands once in the file and a thousand times in the table takes memory each time.
+        # Before it is read: text that stands in the file once would take memory for every row of the table.
         kind = file.schema_arrow.field(names[0]).type
         is_list = pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind)
         if not is_list or not pa.types.is_floating(kind.value_type):
