@@ -143,8 +143,8 @@ class RunConfig(Config):
     train: TrainConfig = Field(TrainConfig(), description="training")
     embed: EmbedConfig = Field(EmbedConfig(), description="embedding of all clips")
     profiles: ProfilesConfig = Field(ProfilesConfig(), description="well and compound profiles")
-    statistics: StatisticsConfig = Field(StatisticsConfig(), description="activity, consistency and their p-values")
     index: IndexConfig = Field(AutoIndex(), description="how `screening query` searches")
+    statistics: StatisticsConfig = Field(StatisticsConfig(), description="activity, consistency and their p-values")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="held-out tests")
     baseline: BaselineConfig = Field(BaselineConfig(), description="hand-made features, for `screening compare`")
     max_failed_share: float = Field(
