@@ -24,21 +24,22 @@ MAX_NUMBERS = 2**24
 _VECTOR_COLUMNS = ("embedding", "profile", "vector")
 
 
-def read_vectors(content: bytes, max_rows: int = MAX_ROWS) -> npt.NDArray[np.float32]:
+def read_vectors(content: bytes, max_rows: int = MAX_ROWS, max_numbers: int = MAX_NUMBERS) -> npt.NDArray[np.float32]:
     """The (q, D) vectors of a file, from its bytes.
 
     Args:
         content: a NumPy file (``.npy``) of a matrix of numbers; or a Parquet table with a column ``embedding``,
             ``profile`` or ``vector`` of lists of equal length, as the tables of a screen have.
         max_rows: vectors that it may hold.
+        max_numbers: numbers that these may have together.
 
     Raises:
-        InputError: anything else, more than ``max_rows`` vectors, or numbers that are not finite.
+        InputError: anything else, more vectors or numbers than that, or numbers that are not finite.
     """
     if content.startswith(b"\x93NUMPY"):
-        found = _read_npy(content, max_rows)
+        found = _read_npy(content, max_rows, max_numbers)
     elif content.startswith(b"PAR1"):
-        found = _read_parquet(content, max_rows)
+        found = _read_parquet(content, max_rows, max_numbers)
     else:
         raise InputError("the file is neither Parquet nor NumPy (.npy)")
     if found.ndim != 2 or not found.size:
@@ -55,19 +56,23 @@ def _check_rows(n: int, most: int) -> None:
         raise InputError(f"the file holds {n:,} vectors; ask with {most:,} at a time at most")
 
 
-def _check_size(metadata: pq.FileMetaData, name: str) -> None:
-    """Refuse a column that would take much more memory than its file."""
+def _check_numbers(n: int, most: int) -> None:
+    if n > most:
+        raise InputError(f"the file holds {n:,} numbers; at most {most:,} are taken")
+
+
+def _numbers(metadata: pq.FileMetaData, name: str) -> int:
+    """How many numbers a column may become in memory, however small its file is."""
     numbers = size = 0
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
         for column in map(group.column, range(group.num_columns)):
             if column.path_in_schema.partition(".")[0] == name:
                 numbers += column.num_values
                 size += column.total_uncompressed_size
-    if max(numbers, size // 8) > MAX_NUMBERS:
-        raise InputError(f"the column {name!r} holds {numbers:,} numbers; at most {MAX_NUMBERS:,} are taken")
+    return max(numbers, size // 8)
 
 
-def _read_npy(content: bytes, max_rows: int) -> npt.NDArray[Any]:
+def _read_npy(content: bytes, max_rows: int, max_numbers: int) -> npt.NDArray[Any]:
     stream = io.BytesIO(content)
     try:
         version = np.lib.format.read_magic(stream)
@@ -83,12 +88,14 @@ def _read_npy(content: bytes, max_rows: int) -> npt.NDArray[Any]:
     _check_rows(shape[0], max_rows)
     start = stream.tell()
     # As Python's integers, which do not overflow.
-    if int(shape[0]) * int(shape[1]) * dtype.itemsize != len(content) - start:
+    numbers = int(shape[0]) * int(shape[1])
+    if numbers * dtype.itemsize != len(content) - start:
         raise InputError(f"the NumPy file is truncated or damaged: it does not hold {shape} numbers of {dtype}")
+    _check_numbers(numbers, max_numbers)
     return np.frombuffer(content, dtype, offset=start).reshape(shape, order="F" if fortran else "C")
 
 
-def _read_parquet(content: bytes, max_rows: int) -> npt.NDArray[Any]:
+def _read_parquet(content: bytes, max_rows: int, max_numbers: int) -> npt.NDArray[Any]:
     try:
         file = pq.ParquetFile(pa.BufferReader(content))
         _check_rows(file.metadata.num_rows, max_rows)
@@ -100,7 +107,7 @@ def _read_parquet(content: bytes, max_rows: int) -> npt.NDArray[Any]:
         is_list = pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind)
         if not is_list or not pa.types.is_floating(kind.value_type):
             raise InputError(f"the column {names[0]!r} holds {kind}; expected lists of floating-point numbers")
-        _check_size(file.metadata, names[0])
+        _check_numbers(_numbers(file.metadata, names[0]), max_numbers)
         column = file.read(columns=names[:1]).column(0).combine_chunks()
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"the Parquet table cannot be read: {error}") from error

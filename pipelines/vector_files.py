@@ -13,6 +13,8 @@ from storage_schemas.errors import InputError, SchemaError
 from storage_schemas.index import Level
 from storage_schemas.tables import table_mark
 
+_ANY = 2**62  # a user's own file may be as large as it is
+
 
 def vectors_of(
     searcher: Searcher, url: str, level: Level | None, *, each: bool = False
@@ -36,7 +38,7 @@ def vectors_of(
     """
     content = store.read_bytes(url)
     try:
-        vectors = read_vectors(content, max_rows=2**31)
+        vectors = read_vectors(content, max_rows=_ANY, max_numbers=_ANY)
     except InputError as error:
         raise SchemaError(url, str(error)) from error
     level = level or ("cell" if "cell" in searcher.levels else "well")

@@ -346,6 +346,7 @@ def repeated_text() -> bytes:
         (as_parquet(np.zeros((2, 3)), "something"), "none of the columns"),
         (as_parquet(np.zeros((MAX_ROWS + 1, 1))), "at a time"),
         (as_parquet(np.zeros((900, 20_000))), "numbers; at most"),
+        (as_npy(np.zeros((900, 20_000), np.uint8)), "numbers; at most"),
         (lists([1.0], [1.0, 2.0]), "one length"),
         (lists([1.0], [1.0, 2.0, 3.0]), "one length"),
         (lists([1.0, None]), "without gaps"),
