@@ -40,7 +40,7 @@ from storage_schemas.tables import (
     write_table,
 )
 
-OUTPUT_VERSION = 1  # raised when the same configuration gives other numbers
+OUTPUT_VERSION = 2  # raised when the same configuration gives other numbers
 
 TABLES: dict[str, TableForm] = {
     "activity": ACTIVITY,

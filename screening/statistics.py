@@ -358,7 +358,8 @@ def reproducibility(
 
     @cache
     def null(size: int) -> Floats:
-        groups = subsets([(size, there.size)], n_permutations, seed).members
+        # Not all there are of these where they are few: each leaves many choices of wells.
+        groups = arrangements(size, there.size, n_permutations, (seed, 0))
         rng = np.random.default_rng([seed, size, there.size, 1])
         picked = wells.bounds[there[groups]] + rng.integers(0, sizes[there[groups]])
         return np.concatenate(

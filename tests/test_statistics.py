@@ -384,6 +384,9 @@ def test_replicates_correlate_as_loops_say() -> None:
     table = reproducibility(alike, np.repeat(np.arange(30), 3), 500)
     assert table["replicates"].all()
     assert (table["replicate_p_value"] == 1 / 501).all()
+    # Of few perturbations many groups of wells are drawn, too.
+    few = reproducibility(alike[:12], np.repeat(np.arange(4), 3), 500)
+    assert (few["replicate_p_value"] == 1 / 501).all()
 
 
 def test_replicates_that_are_none_replicate_as_often_as_chance_has_it() -> None:
