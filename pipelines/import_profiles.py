@@ -39,7 +39,7 @@ from storage_schemas.tables import (
     write_tables,
 )
 
-OUTPUT_VERSION = 1  # raised when the same tables give other files
+OUTPUT_VERSION = 2  # raised when the same tables give other files
 
 _OF_PROFILES: tuple[Stage, ...] = ("statistics", "evaluate", "report")  # stages that come of them
 

@@ -9,7 +9,7 @@ from pipelines.profiles import write_profiles, write_raw
 from pipelines.units import Counts
 from storage_schemas.screen import Screen
 
-OUTPUT_VERSION = 3  # raised when the same configuration gives other files
+OUTPUT_VERSION = 4  # raised when the same configuration gives other files
 
 
 def index(config: RunConfig, inputs: Inputs, screen: Screen, fingerprint: str) -> tuple[Counts, list[str]]:
