@@ -271,8 +271,8 @@ def settle(
         notes.append(f"{(~kept).sum():,} of {len(kept):,} rows name no compound and are left out")
     if not kept.any():
         raise InputError(f"no row names a compound in {'+'.join(keys['compound'])}: choose another column with --map")
-    metadata = metadata[kept].reset_index(drop=True)
-    compound, role = (part[kept].reset_index(drop=True) for part in (compound, role))
+    # Rows keep their numbers, by which errors name them.
+    metadata, compound, role = metadata[kept], compound[kept], role[kept]
 
     plate = _names_of_plates(_required(metadata, keys, "plate"), notes)
     well = _names_of_wells(_required(metadata, keys, "well"))
@@ -305,7 +305,8 @@ def settle(
     inert = compounds["compound"].isin(compound[role == "negative_control"])
     compounds.loc[inert, ["moa", "target"]] = None
     _note_replicates(plate_map, notes)
-    return Wells(kept.to_numpy(), plate_map, pd.DataFrame(further, index=plate_map.index), compounds, tuple(notes))
+    numbered = pd.DataFrame(further, index=plate_map.index).reset_index(drop=True)
+    return Wells(kept.to_numpy(), plate_map.reset_index(drop=True), numbered, compounds, tuple(notes))
 
 
 def _joined(metadata: pd.DataFrame, names: Sequence[str]) -> pd.Series[Any]:

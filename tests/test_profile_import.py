@@ -145,6 +145,8 @@ def test_wells_that_cannot_be_are_said() -> None:
         settle(metadata(p=["1", None, "1"], c=["DMSO", "x", "y"]), KEYS)
     with pytest.raises(InputError, match=r"1 well\(s\) stand there more than once: 1/A01.*plate=BATCH\+PLATE"):
         settle(metadata(w=["A1", "A01", "A2"]), KEYS)
+    with pytest.raises(InputError, match=r"row 3: well .SAMPLE 1. is not a well name"):
+        settle(metadata(c=["DMSO", None, "x"], w=["A1", "A2", "sample 1"]), KEYS)
     with pytest.raises(InputError, match="column d: 1 values are no concentrations, such as 'high' in row 2"):
         settle(metadata(d=["1", "high", "2"]), {**KEYS, "concentration": ("d",)})
 
