@@ -153,7 +153,7 @@ def _in_one_space(searcher: Searcher, other: Screen, embedded: list[tuple[WellKe
     known["plate"] = "asked/" + known["plate"]
     added, _ = added_screens(screen, searcher.manifest.embedder)
     others = [read_profiles(each, processed=False) for each in added]
-    wells, values = joint_wells(screen, [*others, (known.assign(moa=None, target=None), raw)])
+    wells, values, _ = joint_wells(screen, [*others, (known.assign(moa=None, target=None), raw)])
     mine, new = values[: -len(raw)], values[-len(raw) :]
     if level == "compound":
         mine = joint_compounds(screen, wells.iloc[: len(mine)], mine)[1]

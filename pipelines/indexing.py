@@ -228,13 +228,14 @@ def build_index(
     before = read_manifest(screen.index) if extend else None
     if before is not None and before.embedder != made_by:
         before = None
-    known = {entry.screen for entry in before.added} if before is not None else set()
-    new = [other for other in added if other.url not in known]
+    there = {entry.screen for entry in before.added} if before is not None else set()
+    new = [other for other in added if other.url not in there]
     if not new:
         before = None
     if added:
-        of_wells = joint_wells(screen, [read_profiles(other, processed=False) for other in added])
-        of_compounds = joint_compounds(screen, *of_wells)
+        known, values, said = joint_wells(screen, [read_profiles(other, processed=False) for other in added])
+        of_wells, of_compounds = (known, values), joint_compounds(screen, known, values)
+        notes += said
     else:
         of_wells, of_compounds = read_profiles(screen, "well"), read_profiles(screen, "compound")
     levels: dict[Level, Entries] = {
@@ -293,12 +294,17 @@ def index_config(screen: Screen) -> IndexConfig:
     return found
 
 
-def joint_wells(screen: Screen, others: Sequence[tuple[pd.DataFrame, Vectors]]) -> tuple[pd.DataFrame, Vectors]:
+def joint_wells(
+    screen: Screen, others: Sequence[tuple[pd.DataFrame, Vectors]]
+) -> tuple[pd.DataFrame, Vectors, tuple[str, ...]]:
     """Profiles of a screen's wells and of others, processed together: so they lie in one space.
 
     Args:
         screen: with profiles, whose recipe is followed.
         others: wells and their raw profiles, as of :func:`pipelines.vectors.read_profiles`.
+
+    Returns:
+        What is known of all wells, their profiles, and what the recipe left out or could not do.
 
     Raises:
         InputError: for profiles of different dimensions, or a recipe that cannot be followed.
@@ -310,7 +316,7 @@ def joint_wells(screen: Screen, others: Sequence[tuple[pd.DataFrame, Vectors]]) 
     wells = pd.concat([known for known, _ in parts], ignore_index=True)
     raw = np.concatenate([values for _, values in parts])
     done = process(raw, wells, profiles_config(screen).recipe, feature_names(screen, raw.shape[1]))
-    return wells, done.values
+    return wells, done.values, done.notes
 
 
 def joint_compounds(screen: Screen, wells: pd.DataFrame, values: Vectors) -> tuple[pd.DataFrame, Vectors]:
