@@ -183,7 +183,8 @@ def reprocess(url: str, config: ProfilesConfig) -> tuple[dict[str, int], list[st
     screen.write_manifest(manifest.model_copy(update=changed))
     indexed, searched = build_index(screen, now.index, [])
     old = manifest.stages["index"].counts if "index" in manifest.stages else {}
-    counts = {**{name: old[name] for name in ("rows", "rows left out") if name in old}, **indexed, **made}
+    of_import = {name: old[name] for name in ("rows", "rows left out") if name in old}
+    counts = {**of_import, **indexed, **made}
     notes += searched
     _record(screen, mark, counts, notes, time.monotonic() - start)
     return counts, notes
