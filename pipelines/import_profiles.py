@@ -182,9 +182,9 @@ def reprocess(url: str, config: ProfilesConfig) -> tuple[dict[str, int], list[st
     changed = {"config": {"profiles_import": now.model_dump(mode="json")}, "stages": {}}
     screen.write_manifest(manifest.model_copy(update=changed))
     indexed, searched = build_index(screen, now.index, [])
-    old = manifest.stages["index"].counts if "index" in manifest.stages else {}
-    of_import = {name: old[name] for name in ("rows", "rows left out") if name in old}
-    counts = {**of_import, **indexed, **made}
+    old: dict[str, int] = manifest.stages["index"].counts if "index" in manifest.stages else {}
+    rows = {name: old[name] for name in ("rows", "rows left out") if name in old}
+    counts = rows | indexed | made
     notes += searched
     _record(screen, mark, counts, notes, time.monotonic() - start)
     return counts, notes
