@@ -249,8 +249,9 @@ class Index:
             keep: (n,) which vectors may be found; all by default.
 
         Returns:
-            (q, min(k, kept)) float32 cosines, descending, and their int64 positions in the index. A compressed index
-            finds the nearest with the recall it was measured with, whatever is kept; their cosines are exact.
+            (q, min(k, kept)) float32 cosines, descending, and their int64 positions in the index; the cosines are
+            exact. A compressed index finds the nearest with the recall that it was measured with, if what is left out
+            lies anywhere; with less, if it is the very vectors that are nearest, since those that are left differ less.
 
         Raises:
             InputError: k below 1, another dimension than the index, values that are not finite, or an indexed vector
@@ -330,7 +331,7 @@ class Index:
         return at
 
     def _settle(self, query: Vectors, candidates: Positions, k: int) -> tuple[Vectors, Positions]:
-        """The k nearest of (c,) candidates in order; equal ones by position."""
+        """The k nearest of (c,) candidates in order; equal ones among them by position."""
         candidates = np.sort(candidates)
         rows = self.vectors[candidates]
         if len(candidates) > k:
