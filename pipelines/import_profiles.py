@@ -21,7 +21,15 @@ from pydantic import Field
 from pipelines.indexing import build_index
 from pipelines.profiles import write_profiles
 from pipelines.vectors import vector_column
-from screening.profile_import import KEYS, OF_COMPOUND, Wells, add_compounds, interpret, settle
+from screening.profile_import import (
+    KEYS,
+    OF_COMPOUND,
+    Wells,
+    add_compounds,
+    interpret,
+    settle,
+    without_effect_of_controls,
+)
 from screening.profiles import ProfilesConfig
 from screening.similarity import AutoIndex, IndexConfig
 from storage_schemas import store
@@ -257,6 +265,7 @@ def _plan(config: ImportProfilesConfig) -> _Plan:
         compounds = wells.compounds
         if config.compounds is not None:
             compounds, said = _with_compounds(compounds, config.compounds, config.columns)
+            compounds = without_effect_of_controls(compounds, wells.plate_map)
             notes += said
     except SchemaError:
         raise

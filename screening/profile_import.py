@@ -300,10 +300,7 @@ def settle(
             own = str(name)
             label = own if own not in (*KEYS, "role", "n_cells", "n_wells") else f"{own} (of the table)"
             further[label] = _plain_values(metadata[name])
-    compounds = _compounds(metadata, compound, keys, notes)
-    # What they are called there is no mechanism of action.
-    inert = compounds["compound"].isin(compound[role == "negative_control"])
-    compounds.loc[inert, ["moa", "target"]] = None
+    compounds = without_effect_of_controls(_compounds(metadata, compound, keys, notes), plate_map)
     _note_replicates(plate_map, notes)
     numbered = pd.DataFrame(further, index=plate_map.index).reset_index(drop=True)
     return Wells(kept.to_numpy(), plate_map.reset_index(drop=True), numbered, compounds, tuple(notes))
@@ -504,6 +501,14 @@ def _compounds(
         found = table["compound"].map(first)
         table[key] = found.astype(object).where(found.notna(), None)
     return table
+
+
+def without_effect_of_controls(compounds: pd.DataFrame, plate_map: pd.DataFrame) -> pd.DataFrame:
+    """A table of compounds in which negative controls have neither MOA nor target, whatever they are called there."""
+    controls = plate_map.loc[plate_map["role"] == "negative_control", "compound"]
+    known = compounds.copy()
+    known.loc[known["compound"].isin(controls), ["moa", "target"]] = None
+    return known
 
 
 def _note_replicates(plate_map: pd.DataFrame, notes: list[str]) -> None:

@@ -181,7 +181,8 @@ def tables(tmp_path: Path) -> list[Path]:
     first = frame["Metadata_Plate"] == "P0"
     frame[first].assign(Cells_Only_Here=1.5).to_csv(tmp_path / "one.csv.gz", index=False)
     frame[~first].to_parquet(tmp_path / "two.parquet")
-    known = {"pert_iname": ["drug a", "drug b", "drug c", "else"], "moa": ["poison", "poison", "cure", "x"]}
+    named = {"drug a": "poison", "drug b": "poison", "drug c": "cure", "DMSO": "control vehicle", "else": "x"}
+    known = {"pert_iname": list(named), "moa": list(named.values())}
     pd.DataFrame(known).to_csv(tmp_path / "compounds.csv", index=False)
     return [tmp_path / "one.csv.gz", tmp_path / "two.parquet", tmp_path / "compounds.csv"]
 
@@ -199,7 +200,7 @@ def test_tables_become_a_screen_that_is_asked_like_any_other(
         "negative controls: 24 wells, by column 'Metadata_pert_iname'",
         "1 feature(s) that are not in every table are left out",
         "3 of 9 features are left out: 1 by its name, 1 no variance, 1 not finite",
-        "names 3 of 4 compounds by 'pert_iname': moa from 'moa'; 1 of its rows are of others",
+        "names 4 of 4 compounds by 'pert_iname': moa from 'moa'; 1 of its rows are of others",
     ):
         assert text in done.out, text
     screen = Screen.open(str(out))
