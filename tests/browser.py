@@ -11,7 +11,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # of each module that imports it: two at once would share a thread, and cannot
 def chromium() -> Iterator[Browser]:
     """The browser; tests that need it are skipped where the machine has none."""
     program = next(filter(None, map(shutil.which, PROGRAMS)), None)

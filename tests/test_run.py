@@ -199,7 +199,7 @@ def test_update_does_again_only_what_depends_on_the_change(
     done = command("run", small_screen / "run.yaml", "--out", screen_copy, *small_settings, *changed)
     assert done.code == 0
     redone = [stage for stage in STAGES if f"{stage}: done before" not in done.err]
-    assert redone == ["index", "report"]
+    assert redone == ["index", "statistics", "report"]
     assert (digests(screen_copy, *untouched), times(screen_copy, *untouched)) == (before, written)
     now = digests(screen_copy, "profiles", "index")
     assert now.keys() == profiles.keys()
