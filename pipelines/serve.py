@@ -31,7 +31,7 @@ from http import HTTPStatus
 from http.cookies import CookieError, SimpleCookie
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
 import pandas as pd
 from pydantic import Field, ValidationError
@@ -289,8 +289,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self._respond(self._post)
 
-    def _get(self) -> None:
-        parts = urlsplit(self.path)
+    def _get(self, parts: SplitResult) -> None:
         token = parse_qs(parts.query).get("token", [None])[0]
         # Without a token to compare it with, nothing of the address may go into an answer.
         if parts.path == "/" and token is not None and self.server.gate.token is not None:
@@ -305,9 +304,8 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             raise Refusal(HTTPStatus.NOT_FOUND, "there is nothing here")
 
-    def _post(self) -> None:
+    def _post(self, parts: SplitResult) -> None:
         self._check_token()
-        parts = urlsplit(self.path)
         if parts.path == "/ask":
             self._send_json(self.server.desk.answer(_question(self._body(MAX_QUESTION))))
         elif parts.path == "/ask-file":
@@ -317,12 +315,12 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             raise Refusal(HTTPStatus.NOT_FOUND, "there is nothing here")
 
-    def _respond(self, work: Callable[[], None]) -> None:
-        """Do the work of a request that is let in; what goes wrong is the answer."""
+    def _respond(self, work: Callable[[SplitResult], None]) -> None:
+        """Do the work of a request that is let in, given its address; what goes wrong is the answer."""
         try:
             self.server.gate.check_host(self.headers.get("Host"))
             self.server.gate.check_origin(self.headers.get("Origin"))
-            work()
+            work(_address(self.path))
         except Refusal as refusal:
             self.close_connection = True
             self._send_json({"error": str(refusal)}, refusal.status)
@@ -431,9 +429,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
         """A line a request, without what stands behind the question mark: a token may."""
-        path = urlsplit(getattr(self, "path", "")).path
-        shown = "".join(letter if letter.isprintable() else "?" for letter in path[:200])
+        # Not parsed: an address that cannot be is refused, and that is logged, too.
+        shown = getattr(self, "path", "").partition("?")[0][:200].encode("unicode_escape").decode()
         sys.stderr.write(f"{self.log_date_time_string()} {self.client_address[0]} {self.command} {shown} {int(code)}\n")
+
+
+def _address(target: str) -> SplitResult:
+    try:
+        return urlsplit(target)
+    except ValueError as error:
+        raise Refusal(HTTPStatus.BAD_REQUEST, "the address of the request cannot be read") from error
 
 
 def _question(content: bytes) -> Question:

@@ -230,6 +230,21 @@ def test_a_path_outside_the_screen_leads_nowhere(local: Server, path: str) -> No
     assert b"root:" not in answer.body
 
 
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST"])
+@pytest.mark.parametrize("address", ["http://[/", "http://x]/"])
+def test_an_address_that_cannot_be_parsed_is_refused(
+    local: Server, capfd: pytest.CaptureFixture[str], method: str, address: str
+) -> None:
+    with socket.create_connection(local.server_address[:2], timeout=20) as connection:
+        request = f"{method} {address}\x1b[1m\\?token=secret HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n"
+        connection.sendall(request.encode("latin-1"))
+        assert connection.makefile("rb").readline().split()[1] == b"400"
+    logged = capfd.readouterr().err
+    assert "Traceback" not in logged
+    assert f"{method} {address}\\x1b[1m\\\\ 400" in logged
+    assert "secret" not in logged
+
+
 def test_an_upload_that_is_too_large_is_refused_unread(local: Server) -> None:
     answer = send(local, "POST", "/ask-file?question=%7B%22by%22%3A%22file%22%7D", b"x" * (LIMIT + 1))
     assert answer.status == 413
