@@ -8,7 +8,8 @@ logged in; where it can be reached from others, a token is asked for. What each 
   rebinding) and read what it likes through the reader's browser;
 - a question that another site's page sends (``Origin``) is refused;
 - no path of a request ever becomes a path on disk: a clip is looked up by a well that the plate map names;
-- what is sent is bounded in size before it is read, and read without trusting it (:mod:`pipelines.uploads`).
+- what is sent is bounded in size and time, one file after another, and read without trusting it
+  (:mod:`pipelines.uploads`).
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ import errno
 import hmac
 import ipaddress
 import json
+import math
 import re
 import secrets
 import socket
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from http import HTTPStatus
@@ -54,6 +57,10 @@ MAX_QUESTION = 64 * 1024
 """Bytes of a question without a file."""
 TIMEOUT = 30.0
 """Seconds that a client may keep the server waiting for the next bytes."""
+UPLOAD_TIMEOUT = 300.0
+"""Seconds that a whole body may take: a file that comes byte by byte would keep all others waiting."""
+UPLOAD_WAIT = 5.0
+"""Seconds that a file waits for the one before it."""
 
 _COOKIE = "screening_token"
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{16,128}")
@@ -76,11 +83,13 @@ class Refusal(Exception):
 
     Attributes:
         status: of the answer.
+        retry_after: seconds after which the same request may be let in; None where it will not.
     """
 
-    def __init__(self, status: HTTPStatus, message: str) -> None:
+    def __init__(self, status: HTTPStatus, message: str, retry_after: int | None = None) -> None:
         super().__init__(message)
         self.status = status
+        self.retry_after = retry_after
 
 
 @dataclass(frozen=True)
@@ -127,6 +136,10 @@ class Desk:
     Args:
         screen: with a report to show; questions need an index, too.
         max_upload: bytes of the largest file that is taken.
+
+    Attributes:
+        uploads: held by whoever sends a file, from before its first byte is read: one file is in memory at a time, and
+            each may take some hundred MB while it is read.
     """
 
     def __init__(self, screen: Screen, max_upload: int) -> None:
@@ -139,8 +152,7 @@ class Desk:
         self.page = render(data, live=self._live).encode()
         self.policy = content_policy(self._live)
         self._brightness = brightness(data.examples)
-        # One file at a time: each may take some hundred MB while it is read.
-        self._uploads = threading.Lock()
+        self.uploads = threading.Lock()
 
     @cached_property
     def wells(self) -> frozenset[WellKey]:
@@ -159,8 +171,7 @@ class Desk:
             InputError: if it cannot be answered.
         """
         if question.by == "file":
-            with self._uploads:
-                return self._look_up(question, vectors=read_vectors(content or b""))
+            return self._look_up(question, vectors=read_vectors(content or b""))
         return self._look_up(question, **{question.by: question.name})
 
     def clip(self, key: TrackKey) -> dict[str, Any]:
@@ -307,13 +318,28 @@ class _Handler(BaseHTTPRequestHandler):
     def _post(self, parts: SplitResult) -> None:
         self._check_token()
         if parts.path == "/ask":
-            self._send_json(self.server.desk.answer(_question(self._body(MAX_QUESTION))))
+            self._send_json(self.server.desk.answer(_question(self._read(self._length(MAX_QUESTION)))))
         elif parts.path == "/ask-file":
-            content = self._body(self.server.desk.max_upload)
-            question = _question(parse_qs(parts.query).get("question", [""])[0].encode())
-            self._send_json(self.server.desk.answer(question, content))
+            self._send_json(self._ask_file(parse_qs(parts.query).get("question", [""])[0]))
         else:
             raise Refusal(HTTPStatus.NOT_FOUND, "there is nothing here")
+
+    def _ask_file(self, question: str) -> dict[str, Any]:
+        """The answer to a question with a file, which waits its turn before any of the file is kept."""
+        desk = self.server.desk
+        length = self._length(desk.max_upload)
+        if not desk.uploads.acquire(timeout=UPLOAD_WAIT):
+            self._discard(length)
+            raise Refusal(
+                HTTPStatus.SERVICE_UNAVAILABLE,
+                "files of others are being read; send yours again in some seconds",
+                retry_after=math.ceil(UPLOAD_WAIT),
+            )
+        try:
+            content = self._read(length)
+            return desk.answer(_question(question.encode()), content)
+        finally:
+            desk.uploads.release()
 
     def _respond(self, work: Callable[[SplitResult], None]) -> None:
         """Do the work of a request that is let in, given its address; what goes wrong is the answer."""
@@ -323,7 +349,8 @@ class _Handler(BaseHTTPRequestHandler):
             work(_address(self.path))
         except Refusal as refusal:
             self.close_connection = True
-            self._send_json({"error": str(refusal)}, refusal.status)
+            extra = {} if refusal.retry_after is None else {"Retry-After": str(refusal.retry_after)}
+            self._send_json({"error": str(refusal)}, refusal.status, extra)
         except InputError as error:
             self._send_json({"error": str(error)}, HTTPStatus.BAD_REQUEST)
         except (ConnectionError, TimeoutError):
@@ -354,8 +381,8 @@ class _Handler(BaseHTTPRequestHandler):
             return None if found is None else found.value
         return None
 
-    def _body(self, limit: int) -> bytes:
-        """What was sent.
+    def _length(self, limit: int) -> int:
+        """Bytes of what is sent.
 
         Raises:
             Refusal: if it is larger than allowed, or does not say how large it is.
@@ -371,21 +398,32 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refusal(
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"{length:,} bytes were sent; at most {limit:,} are taken"
             )
-        content = self.rfile.read(length)
+        return length
+
+    def _read(self, length: int) -> bytes:
+        content = b"".join(self._pieces(length))
         if len(content) < length:
             raise ConnectionError("the client has left")
         return content
 
     def _discard(self, n: int) -> None:
         """Take some of what is too much, so that the client has done sending and reads the answer."""
-        while n > 0:
-            taken = len(self.rfile.read(min(n, 2**16)))
-            if not taken:
-                return
-            n -= taken
+        for _ in self._pieces(n):
+            pass
 
-    def _send_json(self, value: object, status: HTTPStatus = HTTPStatus.OK) -> None:
-        self._send(status, json.dumps(value, allow_nan=False).encode(), "application/json")
+    def _pieces(self, n: int) -> Iterator[bytes]:
+        """The next bytes that are sent, up to some number or the last."""
+        until = time.monotonic() + UPLOAD_TIMEOUT
+        while n > 0 and (piece := self.rfile.read1(min(n, 2**16))):
+            if time.monotonic() > until:
+                raise TimeoutError("the client sends too slowly")
+            n -= len(piece)
+            yield piece
+
+    def _send_json(
+        self, value: object, status: HTTPStatus = HTTPStatus.OK, extra: Mapping[str, str] | None = None
+    ) -> None:
+        self._send(status, json.dumps(value, allow_nan=False).encode(), "application/json", extra=extra)
 
     def _send(
         self,

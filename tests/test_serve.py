@@ -12,7 +12,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,50 @@ def test_an_upload_that_is_too_large_is_refused_unread(local: Server) -> None:
     assert answer.status == 413
     assert f"at most {LIMIT:,}" in answer.json["error"]
     assert send(local, "POST", "/ask", b" " * (MAX_QUESTION + 1)).status == 413
+
+
+def start_upload(server: Server, sent: bytes, length: int) -> http.client.HTTPConnection:
+    """A file of which no more comes than this."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=20)
+    connection.putrequest("POST", "/ask-file?question=%7B%22by%22%3A%22file%22%7D")
+    connection.putheader("Content-Length", str(length))
+    connection.endheaders()
+    connection.send(sent)
+    return connection
+
+
+def test_one_file_is_taken_at_a_time(desk: Desk, local: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.serve.UPLOAD_WAIT", 0.2)
+    content = as_npy(np.ones((1, DIMENSION), np.float32))
+    path = "/ask-file?question=%7B%22by%22%3A%22file%22%7D"
+    first = start_upload(local, content[:-1], len(content))
+    wait_until(desk.uploads.locked)
+    busy = send(local, "POST", path, content)
+    assert (busy.status, busy.headers["Retry-After"]) == (503, "1")
+    assert "again in some seconds" in busy.json["error"]
+    assert ask(local, by="compound", name="uncoupler-1").status == 200
+    first.send(content[-1:])
+    assert first.getresponse().status == 200
+    first.close()
+    assert send(local, "POST", path, content).status == 200
+
+
+def test_a_file_that_comes_too_slowly_makes_room(desk: Desk, local: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.serve.UPLOAD_TIMEOUT", 0.1)
+    slow = start_upload(local, b"x", 100)
+    wait_until(desk.uploads.locked)
+    time.sleep(0.2)
+    slow.send(b"x")
+    with pytest.raises(http.client.RemoteDisconnected):
+        slow.getresponse()
+    wait_until(lambda: not desk.uploads.locked())
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    until = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(
