@@ -62,7 +62,6 @@ UPLOAD_TIMEOUT = 300.0
 UPLOAD_WAIT = 5.0
 """Seconds that a file waits for the one before it."""
 
-_COOKIE = "screening_token"
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{16,128}")
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 
@@ -229,6 +228,11 @@ class Server(ThreadingHTTPServer):
         name = str(host)
         return f"http://{f'[{name}]' if ':' in name else name}:{port}/"
 
+    @property
+    def cookie(self) -> str:
+        """Name of the cookie with the token: browsers send the cookies of a host to all its ports."""
+        return f"screening_token_{self.server_address[1]}"
+
 
 def open_server(
     url: str,
@@ -364,7 +368,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Keep the token of an address in a cookie, so that it stands in no address from then on."""
         if not self.server.gate.knows(token):
             raise Refusal(HTTPStatus.UNAUTHORIZED, "the token is wrong")
-        cookie = f"{_COOKIE}={token}; HttpOnly; SameSite=Lax; Path=/"
+        cookie = f"{self.server.cookie}={token}; HttpOnly; SameSite=Lax; Path=/"
         self._send(HTTPStatus.SEE_OTHER, b"", "text/plain", extra={"Location": "/", "Set-Cookie": cookie})
 
     def _check_token(self) -> None:
@@ -377,7 +381,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _cookie(self) -> str | None:
         with contextlib.suppress(CookieError):
-            found = SimpleCookie(self.headers.get("Cookie") or "").get(_COOKIE)
+            found = SimpleCookie(self.headers.get("Cookie") or "").get(self.server.cookie)
             return None if found is None else found.value
         return None
 

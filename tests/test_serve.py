@@ -185,7 +185,12 @@ def test_a_question_that_cannot_be_answered_says_why(local: Server, question: di
 
 
 def test_without_the_token_nothing_is_told(guarded: Server) -> None:
-    wrong = ({}, {"Authorization": "Bearer nonsense"}, {"Cookie": "screening_token=nonsense"}, {"Authorization": TOKEN})
+    wrong = (
+        {},
+        {"Authorization": "Bearer nonsense"},
+        {"Cookie": f"{guarded.cookie}=nonsense"},
+        {"Authorization": TOKEN},
+    )
     for headers in wrong:
         for method, path in (("GET", "/"), ("POST", "/ask"), ("GET", "/clip/plate-1/A02/0/3"), ("GET", "/nothing")):
             answer = send(guarded, method, path, b"{}" if method == "POST" else None, headers)
@@ -206,6 +211,20 @@ def test_the_token_is_taken_from_a_header_or_a_cookie_and_kept_out_of_addresses(
     logged = capfd.readouterr().err
     assert logged.count(" GET / ") == 3
     assert TOKEN not in logged
+
+
+def test_a_browser_may_keep_the_tokens_of_two_servers_of_one_host(desk: Desk, guarded: Server) -> None:
+    token = "a-token-of-another-one"
+    with running(desk, Gate(frozenset(), any_address=True, token=token)) as other:
+        kept = [
+            send(server, "GET", f"/?token={each}").headers["Set-Cookie"].split(";")[0].partition("=")
+            for server, each in ((guarded, TOKEN), (other, token))
+        ]
+        # As a browser does: of one name, the last one only, and all of them to every port of the host.
+        jar = {name: value for name, _, value in kept}
+        cookies = "; ".join(f"{name}={value}" for name, value in jar.items())
+        for server in (guarded, other):
+            assert send(server, "GET", "/", headers={"Cookie": cookies}).status == 200
 
 
 @pytest.mark.parametrize(
@@ -236,7 +255,7 @@ def test_a_path_outside_the_screen_leads_nowhere(local: Server, path: str) -> No
 def test_an_address_that_cannot_be_parsed_is_refused(
     local: Server, capfd: pytest.CaptureFixture[str], method: str, address: str
 ) -> None:
-    with socket.create_connection(local.server_address[:2], timeout=20) as connection:
+    with socket.create_connection(("127.0.0.1", local.server_address[1]), timeout=20) as connection:
         request = f"{method} {address}\x1b[1m\\?token=secret HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n"
         connection.sendall(request.encode("latin-1"))
         assert connection.makefile("rb").readline().split()[1] == b"400"
