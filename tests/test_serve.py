@@ -23,6 +23,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from browser import chromium, faults, watch  # noqa: F401 (a fixture)
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from indexed_screens import DIMENSION, write_screen
 from made_up_clips import write_clips_of
 from PIL import Image
@@ -185,7 +187,7 @@ def test_a_question_that_cannot_be_answered_says_why(local: Server, question: di
 
 
 def test_without_the_token_nothing_is_told(guarded: Server) -> None:
-    wrong = (
+    wrong: tuple[dict[str, str], ...] = (
         {},
         {"Authorization": "Bearer nonsense"},
         {"Cookie": f"{guarded.cookie}=nonsense"},
@@ -405,9 +407,51 @@ def repeated_text() -> bytes:
     return stream.getvalue()
 
 
+def with_page_claiming(bytes_: int | None = None, numbers: int | None = None, version: str = "1.0") -> bytes:
+    """A small file with an honest footer and a page whose header claims something else."""
+    stream = io.BytesIO()
+    pq.write_table(
+        pa.table({"embedding": vector_column(np.ones((2, 3), np.float32))}),
+        stream,
+        compression="snappy",
+        use_dictionary=False,
+        data_page_version=version,
+        write_statistics=False,
+    )
+    content = stream.getvalue()
+    at = pq.ParquetFile(pa.BufferReader(content)).metadata.row_group(0).column(0).data_page_offset
+    # Thrift's compact protocol: a type, its size unpacked and packed, and a struct that begins with how many numbers.
+    header = re.compile(rb"(\x15.\x15)(.)(\x15.)(.)(\x15)(.)", re.S).match(content, at)
+    assert header is not None
+    assert header[6] == varint(6)
+    new = b"".join(
+        (
+            header[1],
+            header[2] if bytes_ is None else varint(bytes_),
+            header[3],
+            header[4],
+            header[5],
+            header[6] if numbers is None else varint(numbers),
+        )
+    )
+    return content[:at] + new + content[header.end() :]
+
+
+def varint(number: int) -> bytes:
+    """A positive number as Thrift writes it."""
+    left, found = 2 * number, []
+    while left > 127:
+        found.append(left & 127 | 128)
+        left >>= 7
+    return bytes([*found, left])
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
+        (with_page_claiming(bytes_=2**31 - 1), "numbers; at most"),
+        (with_page_claiming(numbers=2**30), "numbers; at most"),
+        (with_page_claiming(numbers=2**30, version="2.0"), "numbers; at most"),
         (b"", "neither"),
         (b"\x80\x04K\x01.", "neither"),
         (as_npy(np.array([Boom()])), "expected a matrix"),
@@ -449,7 +493,38 @@ def test_files_are_read_as_they_were_written() -> None:
     ):
         np.testing.assert_array_equal(read_vectors(content), values)
     np.testing.assert_array_equal(read_vectors(lists([1.0, 2.0], [3.0, 4.0])), [[1, 2], [3, 4]])
+    np.testing.assert_array_equal(read_vectors(with_page_claiming()), np.ones((2, 3)))
     np.testing.assert_array_equal(read_vectors(as_npy(np.arange(6).reshape(2, 3))), np.arange(6).reshape(2, 3))
+
+
+@given(
+    shape=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    dictionary=st.booleans(),
+    compression=st.sampled_from(["none", "snappy", "zstd", "gzip"]),
+    version=st.sampled_from(["1.0", "2.0"]),
+    page=st.sampled_from([64, 2**20]),
+    groups=st.sampled_from([7, 1000]),
+    index=st.booleans(),
+)
+@settings(max_examples=40, deadline=None)
+def test_tables_are_read_however_they_were_written(
+    shape: tuple[int, int], dictionary: bool, compression: str, version: str, page: int, groups: int, index: bool
+) -> None:
+    values = np.random.default_rng(0).integers(0, 9, shape).astype(np.float32)
+    stream = io.BytesIO()
+    pq.write_table(
+        pa.table({"name": ["x"] * len(values), "embedding": vector_column(values)}),
+        stream,
+        row_group_size=groups,
+        use_dictionary=dictionary,
+        compression=compression,
+        data_page_version=version,
+        data_page_size=page,
+        write_batch_size=5,
+        write_page_index=index,
+        write_page_checksum=index,
+    )
+    np.testing.assert_array_equal(read_vectors(stream.getvalue()), values)
 
 
 # --- starting and stopping -----------------------------------------------------------------------
