@@ -47,6 +47,10 @@ class PredictionConfig(Config):
     seed: int = Field(0, description="of the relabelings")
 
 
+class NoMechanismError(InputError):
+    """No compound of a screen has a known mechanism that others could be predicted to share."""
+
+
 @dataclass(frozen=True)
 class Predictions:
     """What a screen's compounds are predicted to do.
@@ -84,7 +88,8 @@ def predict(
 
     Raises:
         SchemaError: if there are no profiles, or no embeddings and cells are asked for.
-        InputError: for an unknown compound, with names near it; if no mechanism is known.
+        InputError: for an unknown compound, with names near it.
+        NoMechanismError: if no mechanism is known.
     """
     has_cells = bool(screen.done_units("embed"))
     level = level or ("cell" if has_cells else "compound")
@@ -135,7 +140,7 @@ def _predict(screen: Screen, level: Level, config: PredictionConfig) -> Predicti
     moa[control] = NO_EFFECT if level == "cell" else None
     known = ~pd.isna(moa)
     if not (~control & known).any():
-        raise InputError(f"{screen.url}: no compound here has a known MOA: give them in the table of compounds")
+        raise NoMechanismError(f"{screen.url}: no compound here has a known MOA: give them in the table of compounds")
     asked, offered = _Items(*(each[~control] for each in items)), _Items(*(each[known] for each in items))
     gallery_moa = moa[known]
     k = config.k or _USUAL_K[level]

@@ -10,7 +10,7 @@ import pandas as pd
 
 from pipelines.config import RunConfig
 from pipelines.inputs import Inputs, well_keys
-from pipelines.predict import Predictions, predict
+from pipelines.predict import NoMechanismError, Predictions, predict
 from pipelines.predict import readable as readable_predictions
 from pipelines.query import nearest_compounds
 from pipelines.segment import open_calibration
@@ -289,12 +289,16 @@ def _similarity(screen: Screen) -> pd.DataFrame:
 
 
 def _predictions(screen: Screen) -> Predictions:
-    """The first choice of every compound; nothing where there is none to choose from."""
+    """The first choice of every compound; nothing where there is none to choose from.
+
+    Raises:
+        InputError: if what is predicted from is damaged.
+    """
     if not store.exists(screen.profiles("raw")):
         return Predictions(pd.DataFrame(), ())
     try:
         return predict(screen)
-    except InputError:  # No mechanism is known: the section says that none was predicted.
+    except NoMechanismError:  # The section says that none was predicted.
         return Predictions(pd.DataFrame(), ())
 
 

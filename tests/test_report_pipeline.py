@@ -20,7 +20,7 @@ from storage_schemas.clips import read_clips
 from storage_schemas.errors import InputError, SchemaError
 from storage_schemas.keys import TrackKey, WellKey
 from storage_schemas.screen import Screen
-from storage_schemas.tables import PLATE_MAP, open_table
+from storage_schemas.tables import COMPOUNDS, PLATE_MAP, open_table, write_table
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +92,20 @@ def test_profiles_without_cells_are_shown_well_by_well(tmp_path: Path) -> None:
     assert not data.examples
     assert not data.similarity.empty
     assert data.plate_maps["n_cells"].tolist() == [CELLS_OF_WELL] * len(data.plate_maps)
+
+
+def test_without_mechanisms_none_is_predicted_but_damage_is_said(tmp_path: Path) -> None:
+    screen = write_screen(tmp_path / "screen")
+    for key in well_keys(plate_map(screen)):
+        Path(screen.embeddings(key)).unlink()
+    known = open_table(screen.compounds, COMPOUNDS).to_pandas()
+    write_table(screen.compounds, known.assign(moa=None), COMPOUNDS)
+    assert collect(screen).predictions.empty
+    write_table(screen.compounds, known, COMPOUNDS)
+    assert not collect(screen).predictions.empty
+    Path(screen.predictions("compound", "parquet")).write_bytes(b"PAR1 damaged")
+    with pytest.raises(SchemaError, match="predictions"):
+        collect(screen)
 
 
 def test_a_cell_that_is_not_there_has_no_clip(screen: Screen) -> None:
