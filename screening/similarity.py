@@ -1,6 +1,6 @@
 """Similarity search: the nearest vectors by cosine, exactly or through compressed copies of them.
 
-Few vectors are compared one by one. Of many a compressed copy is scanned, 4 bits for every 4 dimensions (product
+Few vectors are compared one by one. Of many a compressed copy is scanned, 4 bits for every 5 dimensions (product
 quantisation, Jégou et al. 2011, in the form that registers are scanned with, André et al. 2015), and the best of the
 scan are compared exactly by their vectors, which may lie in a file that is mapped into memory. Of very many only the
 lists nearest to the query are scanned (an inverted file). How many candidates are compared is measured when the index
@@ -9,7 +9,7 @@ is built (:func:`tune`), so that it finds what an exact search finds.
 FAISS is imported by the functions that need it, so that importing this module costs nothing; none of its global
 settings is touched, and its readers of files, which trust what they find, are not used.
 
-Shapes: n vectors, q queries, D dimensions, M = ⌈D / 8⌉ · 2 sub-vectors of 4 dimensions, L lists.
+Shapes: n vectors, q queries, D dimensions, M = ⌈D / 10⌉ · 2 sub-vectors of 5 dimensions, L lists.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ Kept = npt.NDArray[np.bool_]
 
 NEIGHBOURS = 10  # that recall is measured on, and that `depth` is for
 
-_SUB = 4  # dimensions that share a code
+# Dimensions that share a code. With fewer the scan reads more, with more it finds less (benchmarks/index.py).
+_SUB = 5
 _CODES = 16  # values of a code
 _MIB = 2**20
 _BLOCK_BYTES = 2**26  # of vectors that an exact search has in hand
@@ -53,7 +54,7 @@ class _Compressing(Config):
         0.99, gt=0, le=1, description="share of the ten nearest that a search must find, measured on building the index"
     )
     max_depth: int = Field(
-        20_000, ge=_SHALLOWEST, description="candidates compared exactly at most to reach that, for ten neighbours"
+        50_000, ge=_SHALLOWEST, description="candidates compared exactly at most to reach that, for ten neighbours"
     )
     train_vectors: int = Field(20_000, ge=_CODES, description="vectors that the codes are learnt from")
 
@@ -391,7 +392,7 @@ def tune(
             low = float(shares.mean() - 2 * shares.std(ddof=1) / np.sqrt(len(shares)))
             if low >= config.recall or depth == limit:
                 break
-            depth *= 2
+            depth = -(-5 * depth // 4)
         if low >= config.recall or probes >= most:
             return Tuning(Effort(depth, probes), float(shares.mean()), low, len(asked))
         probes = min(2 * probes, most)
@@ -536,7 +537,7 @@ def _lists(config: IvfIndex, n: int, most: int) -> int:
 
 
 def _padded(unit: Vectors) -> Vectors:
-    """(n, 4 M) with zeros behind, which change no product."""
+    """(n, 5 M) with zeros behind, which change no product."""
     missing = _sub_vectors(unit.shape[1]) * _SUB - unit.shape[1]
     rows: npt.NDArray[Any] = np.pad(unit, ((0, 0), (0, missing))) if missing else unit
     return np.ascontiguousarray(rows, np.float32)
