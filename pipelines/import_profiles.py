@@ -11,8 +11,9 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
@@ -30,7 +31,7 @@ from screening.profile_import import (
     settle,
     without_effect_of_controls,
 )
-from screening.profiles import ProfilesConfig
+from screening.profiles import ProfilesConfig, process
 from screening.similarity import AutoIndex, IndexConfig
 from storage_schemas import store
 from storage_schemas.base import Config
@@ -118,13 +119,16 @@ def import_profiles(out: str, config: ImportProfilesConfig, *, update: bool = Fa
         update: replace what another import has left there.
 
     Raises:
-        InputError: whatever the user can mend; no screen is left that is not whole.
+        InputError: whatever the user can mend; no screen is left that is not whole, and what is to be replaced stays
+            as it is if a table or the recipe is at fault.
     """
     start = time.monotonic()
     screen = Screen(store.absolute(out))
     _check_folder(screen, update)
     plan = _plan(config)
     _require_controls(plan, config.profiles)
+    if screen.exists():
+        _rehearse(plan, config.profiles)
     mark = fingerprint("profiles", OUTPUT_VERSION, config.model_dump(mode="json"), plan.features)
     try:
         found, notes = _write(screen, plan, config, mark)
@@ -314,17 +318,41 @@ def _raw_tables(plan: _Plan) -> Iterator[pa.Table]:
     further = plan.wells.further.rename(columns=lambda name: f"{METADATA_PREFIX}{name}")
     described = pa.Table.from_pandas(pd.concat([keys, further], axis=1), preserve_index=False)
     described = described.append_column("n_cells", pa.nulls(len(described), pa.int32()))
-    row = start = 0
-    for values in _blocks(plan.sources, plan.features):
-        kept = plan.wells.kept[row : row + len(values)]
-        row += len(values)
-        taken = values[kept]
+    start = 0
+    for taken in _taken(plan):
         yield described.slice(start, len(taken)).append_column("profile", vector_column(taken))
         start += len(taken)
+
+
+def _rehearse(plan: _Plan, config: ProfilesConfig) -> None:
+    """Follow the recipe in memory only, so that one that cannot be followed costs no screen.
+
+    Raises:
+        InputError: if it cannot be, or a table cannot be read to its end.
+    """
+    values = np.empty((len(plan.wells.plate_map), len(plan.features)), np.float32)
+    start = 0
+    for taken in _taken(plan):
+        values[start : start + len(taken)] = taken
+        start += len(taken)
+    known = plan.wells.plate_map.merge(plan.compounds[["compound", "moa", "target"]], on="compound", how="left")
+    process(values, pd.concat([known, plan.wells.further], axis=1), config.recipe, plan.features, overwrite=True)
+
+
+def _taken(plan: _Plan) -> Iterator[npt.NDArray[np.float32]]:
+    """Measurements of the wells that are taken, block by block.
+
+    Raises:
+        InputError: if there are not as many rows as there were.
+    """
+    row = 0
+    for values in _blocks(plan.sources, plan.features):
+        yield values[plan.wells.kept[row : row + len(values)]]
+        row += len(values)
     if row != len(plan.wells.kept):
         raise InputError(f"the tables had {len(plan.wells.kept)} rows and now have {row}: they change while being read")
 
 
-def _blocks(sources: Sequence[Source], features: Sequence[str]) -> Iterator[npt.NDArray[Any]]:
+def _blocks(sources: Sequence[Source], features: Sequence[str]) -> Iterator[npt.NDArray[np.float32]]:
     for source in sources:
         yield from source.blocks(features)

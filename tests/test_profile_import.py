@@ -259,6 +259,34 @@ def test_another_recipe_starts_from_what_was_imported(tables: list[Path], tmp_pa
     np.testing.assert_allclose(read_profiles(Screen(out))[1], before, rtol=1e-6)
 
 
+def test_a_screen_that_cannot_be_replaced_stays(tables: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "screen"
+    config = ImportProfilesConfig(tables=tuple(map(str, tables[:2])), compounds=str(tables[2]))
+    import_profiles(str(out), config)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    alone = ProfilesConfig(recipe=Custom(steps=(Filter(), Align(prior=0, regularisation=0, batch="well"))))
+    damaged = pd.concat([profiles_table(plates=1)] * 80, ignore_index=True).astype({"Cells_Feature_1": object})
+    damaged["Metadata_Plate"] = [f"P{i // 14}" for i in range(len(damaged))]
+    damaged.loc[1100, "Cells_Feature_1"] = "oops"
+    damaged.to_csv(tmp_path / "damaged.csv", index=False)
+    for change, said in (
+        ({"profiles": alone}, "no negative control"),
+        ({"tables": (str(tmp_path / "damaged.csv"),)}, "no measurement in every row"),
+    ):
+        with pytest.raises(InputError, match=said):
+            import_profiles(str(out), config.model_copy(update=change), update=True)
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    # What a recipe may ask for is known beforehand, too.
+    import_profiles(
+        str(out),
+        config.model_copy(
+            update={"profiles": ProfilesConfig(recipe=Custom(steps=(Filter(), Align(reference="plate"))))}
+        ),
+        update=True,
+    )
+    assert Searcher(str(out)).query(compound="drug a", k=1)["rank"].tolist() == [1]
+
+
 def test_plates_that_were_added_follow_another_recipe_too(tmp_path: Path) -> None:
     frame = profiles_table()
     last = frame["Metadata_Plate"] == "P2"
