@@ -22,6 +22,7 @@ import json
 import math
 import re
 import secrets
+import signal
 import socket
 import sys
 import threading
@@ -268,7 +269,7 @@ def open_server(
 
 
 def serve(server: Server, say: Callable[[str], None]) -> None:
-    """Answer until the user presses Ctrl-C.
+    """Answer until the user presses Ctrl-C, or the process is asked to end. To be called in the main thread.
 
     Args:
         server: of :func:`open_server`.
@@ -278,6 +279,9 @@ def serve(server: Server, say: Callable[[str], None]) -> None:
     say(f"The screen is at {server.url}{f'?token={token}' if token else ''} (Ctrl-C to stop)")
     if token:
         say("Whoever has this address can ask the screen; what is sent is not encrypted.")
+    # Also where a shell has started the command in the background, deaf to Ctrl-C.
+    for request in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(request, signal.default_int_handler)
     try:
         server.serve_forever()
     except KeyboardInterrupt:

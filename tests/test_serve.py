@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import http.client
 import io
 import json
@@ -14,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -557,19 +558,24 @@ def test_a_port_in_use_and_a_screen_without_index_are_said(local: Server, screen
         open_server(str(tmp_path))
 
 
-def test_the_command_serves_until_it_is_interrupted(screen: Screen) -> None:
+@pytest.mark.parametrize("request_to_end", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_serves_until_it_is_interrupted(screen: Screen, request_to_end: signal.Signals) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     arguments = ["serve", screen.url, "--port", str(port)]
     command = [sys.executable, "-c", "from screening.cli import main; main()", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # As a shell starts what is to run in the background.
+    deaf = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, text=True, preexec_fn=deaf) as process, ExitStack() as stack:
+        stack.callback(process.kill)
         assert process.stdout is not None
         assert f"http://127.0.0.1:{port}/" in process.stdout.readline()
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
         connection.request("GET", "/")
         assert connection.getresponse().status == 200
-        process.send_signal(signal.SIGINT)
+        process.send_signal(request_to_end)
         out, err = process.communicate(timeout=30)
     assert process.returncode == 0
     assert "stopped" in out
