@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from pydantic import ConfigDict
 
 from pipelines.cluster import cluster, usable_cpus
-from pipelines.config import ResourcesConfig
+from pipelines.config import ResourcesConfig, RunConfig
 from pipelines.embed import EmbedContext, EmbedWells
 from pipelines.indexing import (
     added_screens,
@@ -30,11 +31,24 @@ from screening.embedding import EmbedConfig
 from screening.profiles import sum_up
 from screening.similarity import Index, Vectors, to_unit
 from storage_schemas import store
+from storage_schemas.base import Config
 from storage_schemas.errors import InputError, SchemaError
 from storage_schemas.index import Level, index_exists, read_manifest
 from storage_schemas.keys import WellKey, check_name
 from storage_schemas.screen import Manifest, Screen
 from storage_schemas.tables import COMPOUNDS, PLATE_MAP, open_table, write_table
+
+
+class _Settings(Config):
+    """How a screen was embedded, and how many of its wells were allowed to fail at that."""
+
+    model_config = ConfigDict(extra="ignore")
+    embed: EmbedConfig = EmbedConfig()
+    max_failed_share: float = RunConfig.model_fields["max_failed_share"].default
+
+
+def _settings(screen: Screen) -> _Settings:
+    return _Settings.model_validate(screen.read_manifest().config)
 
 
 def add(url: str, other_url: str, cpus: int | None = None) -> tuple[dict[str, int], list[str]]:
@@ -115,7 +129,7 @@ def ask_clips(searcher: Searcher, url: str, level: Level | None = None, **filter
         raise InputError(f"{screen.url}: has no network to embed clips with: its profiles were imported")
     level = level or "cell"
     # In this process: a question starts no Ray.
-    worker = EmbedWells(EmbedContext(screen, EmbedConfig(), "", torch.get_num_threads(), screen.checkpoint))
+    worker = EmbedWells(EmbedContext(screen, _settings(screen).embed, "", torch.get_num_threads(), screen.checkpoint))
     if not Screen(url).exists():
         if level != "cell":
             raise InputError(
@@ -195,13 +209,14 @@ def _copy_tables(other: Screen, target: Screen, source: Manifest) -> None:
 
 
 def _embed(screen: Screen, target: Screen, made_by: str, cpus: int | None) -> None:
-    resources = ResourcesConfig(cpus=cpus)
+    resources, settings = ResourcesConfig(cpus=cpus), _settings(screen)
     mapped = set(well_keys(open_table(target.plate_map, PLATE_MAP).to_pandas()))
     wells = sorted(target.done_units("segment") & mapped)
     with cluster(resources):
         usable = usable_cpus(resources)
-        context = EmbedContext(target, EmbedConfig(), made_by, max(1, int(usable)), screen.checkpoint)
-        run_units(target, "embed", wells, Work(EmbedWells, (context,), num_cpus=min(1.0, usable)), 0.5)
+        context = EmbedContext(target, settings.embed, made_by, max(1, int(usable)), screen.checkpoint)
+        work = Work(EmbedWells, (context,), num_cpus=min(1.0, usable))
+        run_units(target, "embed", wells, work, settings.max_failed_share)
     write_raw(target, read_cells(target, wells), profiles_config(screen).aggregate, made_by)
 
 

@@ -159,7 +159,8 @@ def _previous(screen: Screen, config: RunConfig, inputs: Inputs, update: bool) -
     if not own and not Screen(screen.url).done_units("segment"):
         # Nothing has been made yet that another configuration could spoil.
         return previous
-    changed = differences(previous.config, _identity(config))
+    before = {name: value for name, value in previous.config.items() if name != "max_failed_share"}
+    changed = differences(before, _identity(config))
     if previous.inputs != _input_identity(config, inputs):
         changed.append("the plates, a table of theirs, or the file of the initial weights")
     if changed and not update:
@@ -183,7 +184,8 @@ def _write_start(config: RunConfig, screen: Screen, inputs: Inputs, previous: Ma
         Screen(screen.url).remove_stage("segment")
     manifest = Manifest(
         software=software,
-        config=_identity(config),
+        # Plates that are added to the screen later may fail as its own may.
+        config={**_identity(config), "max_failed_share": config.max_failed_share},
         inputs=_input_identity(config, inputs),
         cells=None if screen.segmented is None else screen.segmented.url,
         stages=_records(screen, previous),

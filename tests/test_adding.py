@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,7 @@ from pipelines.indexing import build_index, read_cells
 from pipelines.inputs import well_keys
 from pipelines.profiles import write_profiles, write_raw
 from pipelines.query import Searcher
+from pipelines.units import StageError
 from screening.embedding import EmbedConfig
 from screening.i3d import I3DResNet, ModelConfig
 from screening.profiles import ProfilesConfig, Standardised
@@ -169,6 +171,38 @@ def test_what_cannot_be_added_is_refused(folders: tuple[Path, Path], tmp_path: P
     with pytest.raises(SchemaError, match="is not a screen"):
         add(str(screen), str(tmp_path / "nowhere"))
     assert not (screen / "added" / "same" / "manifest.json").exists()
+
+
+def test_plates_are_embedded_as_those_of_the_screen_were(
+    folders: tuple[Path, Path], tmp_path: Path, local_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen, other = Screen(str(tmp_path / "screen")), Screen(str(tmp_path / "other"))
+    shutil.copytree(folders[0], screen.url)
+    shutil.copytree(folders[1], other.url)
+    manifest = screen.read_manifest()
+    settings = {"embed": {"precision": "bf16", "batch_size": 3}, "max_failed_share": 0.01}
+    screen.write_manifest(manifest.model_copy(update={"config": {**manifest.config, **settings}}))
+    shutil.rmtree(other.clips(min(other.done_units("segment"))))
+    seen = []
+
+    class Watched(EmbedWells):
+        def __init__(self, context: EmbedContext) -> None:
+            seen.append(context.config)
+            super().__init__(context)
+
+    monkeypatch.setattr("pipelines.adding.EmbedWells", Watched)
+    ask_clips(Searcher(screen), other.clips(max(other.done_units("segment"))), k=1)
+    assert seen == [EmbedConfig(precision="bf16", batch_size=3)]
+    monkeypatch.undo()
+
+    def context(screen: Screen, config: EmbedConfig, *further: Any) -> EmbedContext:
+        seen.append(config)
+        return EmbedContext(screen, config, *further)
+
+    monkeypatch.setattr("pipelines.adding.EmbedContext", context)
+    with pytest.raises(StageError, match=r"1 of 16 wells failed.* max_failed_share=0.01 allows"):
+        add(screen.url, other.url)
+    assert seen[1:] == seen[:1]
 
 
 def test_clips_are_looked_up(folders: tuple[Path, Path]) -> None:
