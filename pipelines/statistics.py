@@ -230,7 +230,8 @@ def _consistency(
     taken = (metadata["role"] != "negative_control").to_numpy()
     notes = []
     if config.active_only:
-        taken &= metadata["compound"].isin(set(activity.loc[activity["active"].fillna(False), "compound"])).to_numpy()
+        active = set(activity.loc[activity["active"].fillna(False).astype(bool), "compound"])
+        taken = taken & metadata["compound"].isin(active).to_numpy()
     tables = []
     for kind in _KINDS:
         labels = [_labels(text, config.separator) for text in metadata.loc[taken, kind]]
@@ -243,7 +244,11 @@ def _consistency(
         table.insert(0, "kind", kind)
         tables.append(with_fdr(table, config.fdr, "consistent"))
     if not tables:
-        notes.append("no compound has a known mechanism or target, so there is no consistency to test")
+        if config.active_only and not taken.any():
+            why = "no compound is active, and only active ones were to be compared (statistics.active_only)"
+        else:
+            why = f"no {'active ' if config.active_only else ''}compound has a known mechanism or target"
+        notes.append(f"{why}, so there is no consistency to test")
         empty = with_fdr(science.consistency(profiles[:0], [], config.n_permutations, seed), config.fdr, "consistent")
         tables = [empty.assign(kind=pd.Series(dtype=object))]
     found = pd.concat(tables, ignore_index=True)

@@ -42,7 +42,7 @@ from screening.statistics import (
 )
 from storage_schemas.errors import InputError
 from storage_schemas.screen import Manifest, Screen
-from storage_schemas.tables import COMPOUNDS, PLATE_MAP, raw_profiles_form, write_table
+from storage_schemas.tables import COMPOUNDS, PLATE_MAP, open_table, raw_profiles_form, write_table
 
 EXACT: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -540,6 +540,21 @@ def test_statistics_of_a_screen(screen: Screen) -> None:
     assert record.counts["not tested"] == activity_table["excluded"].notna().sum() == 2
     assert any("2 wells are on plates without negative controls (p3)" in note for note in record.notes)
     assert any("1 of 6 compounds have no moa" in note for note in record.notes)
+
+
+def test_why_there_is_no_consistency_is_said(screen: Screen) -> None:
+    def said(**changes: Any) -> str:
+        compute(screen.url, changes)
+        return " ".join(screen.read_manifest().stages["statistics"].notes)
+
+    # A p-value of a hundred relabelings is never that small.
+    nothing_active = {"active_only": True, "fdr": 1e-6, "n_permutations": 100}
+    assert "no compound is active, and only active ones were to be compared" in said(**nothing_active)
+    assert "known mechanism" not in said(**nothing_active)
+    compounds = open_table(screen.compounds, COMPOUNDS).to_pandas()
+    write_table(screen.compounds, compounds.assign(moa=None).astype("string"), COMPOUNDS)
+    assert "no active compound has a known mechanism or target" in said(active_only=True)
+    assert "no compound has a known mechanism or target" in said()
 
 
 def test_statistics_are_done_again_when_profiles_or_settings_change(screen: Screen) -> None:
