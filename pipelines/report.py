@@ -111,6 +111,7 @@ def collect(screen: Screen, notes: Sequence[str] = ()) -> ReportData:
         training=_training(screen),
         embedding_map=_map(maps, keys, vectors, rng),
         mapped=mapped,
+        imported=manifest.has_imported_profiles,
         evaluation=store.read_json(screen.evaluation) if store.exists(screen.evaluation) else {},
         similarity=_similarity(screen),
         activity=readable(activity),

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import pandas as pd
 
+from storage_schemas import store
 from storage_schemas.screen import STAGES, Screen
+
+_OF_IMAGES = ("segment", "train", "embed", "evaluate")
 
 
 def stage_table(screen: Screen) -> pd.DataFrame:
     """A row a stage: its state, wells done and left, failures recorded (of wells or single sites), and its counts.
+
+    Screens of imported profiles have no stages of images.
 
     Raises:
         SchemaError: if there is no screen.
@@ -16,7 +21,11 @@ def stage_table(screen: Screen) -> pd.DataFrame:
     manifest = screen.read_manifest()
     rows = []
     for stage in STAGES:
+        if manifest.has_imported_profiles and stage in _OF_IMAGES:
+            continue
         record = manifest.stages.get(stage)
+        # `screening report` writes the page at any time, and no record.
+        absent = "done" if stage == "report" and store.exists(screen.report) else "not begun"
         done = failed = left = None
         if (stage == "segment" or stage == "embed") and record is not None:
             units = screen.done_units(stage)
@@ -27,7 +36,7 @@ def stage_table(screen: Screen) -> pd.DataFrame:
         rows.append(
             {
                 "stage": stage,
-                "state": "not begun" if record is None else "done" if record.done else "begun",
+                "state": absent if record is None else "done" if record.done else "begun",
                 "done": done,
                 "failed": failed,
                 "left": left,

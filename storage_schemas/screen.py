@@ -66,6 +66,11 @@ class Manifest(BaseModel):
     cells: str | None = None
     stages: dict[str, StageRecord] = {}
 
+    @property
+    def has_imported_profiles(self) -> bool:
+        """Whether its profiles were made elsewhere: there are no images, no network and no tests of one."""
+        return "profiles_import" in self.config
+
 
 @dataclass(frozen=True)
 class Failure:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -220,6 +221,7 @@ def test_tables_become_a_screen_that_is_asked_like_any_other(
     np.testing.assert_allclose(of_treatment[-1], processed[own.to_numpy()].mean(axis=0), rtol=1e-5)
     assert Searcher(str(out)).query(compound="drug a", k=1)["compound"].tolist() == ["drug b"]
     state = stage_table(screen).set_index("stage")
+    assert set(state.index) == {"index", "statistics", "report"}
     assert state.loc["index", "state"] == "done"
     assert "features left out 3" in state.loc["index", "counts"]
 
@@ -306,6 +308,29 @@ def test_plates_that_were_added_follow_another_recipe_too(tmp_path: Path) -> Non
         assert found.ids("well")["id"].tolist() == expected.ids("well")["id"].tolist()
         for level in found.levels:
             np.testing.assert_array_equal(found.index(level).vectors, expected.index(level).vectors)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("Metadata_Well", "sample", "row 3 of {}: well 'SAMPLE' is not a well name"),
+        ("Metadata_Plate", None, r"1 of 42 wells have no plate in Metadata_Plate (the first is row 3 of {})"),
+        ("Metadata_dose", "high", "no concentrations, such as 'high' in row 3 of {}"),
+    ],
+)
+def test_a_row_is_named_by_its_place_in_its_own_table(
+    tmp_path: Path, column: str, value: str | None, message: str
+) -> None:
+    frame = profiles_table().astype({column: object})
+    paths = [tmp_path / f"{plate}.csv" for plate in ("P0", "P1", "P2")]
+    for path in paths:
+        own = frame[frame["Metadata_Plate"] == path.stem].reset_index(drop=True)
+        if path.stem == "P1":
+            own.loc[2, column] = value
+        own.to_csv(path, index=False)
+    config = ImportProfilesConfig(tables=tuple(map(str, paths)), columns={"concentration": "Metadata_dose"})
+    with pytest.raises(InputError, match=re.escape(message.format(paths[1]))):
+        import_profiles(str(tmp_path / "screen"), config)
 
 
 @pytest.mark.parametrize(

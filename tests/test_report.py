@@ -141,6 +141,12 @@ def test_each_phase_of_the_training_has_curves_of_its_own() -> None:
     ]
 
 
+def test_imported_profiles_are_not_said_to_be_untested() -> None:
+    words = Page(render(ReportData("x", imported=True))).words
+    assert "made elsewhere" in words
+    assert "could not be held" not in words
+
+
 def test_the_empty_screen_says_what_is_missing() -> None:
     page = Page(render(ReportData("Nothing yet")))
     assert [section["id"] for section in page.all("section")] == list(SECTIONS)

@@ -44,6 +44,7 @@ class ReportData:
         embedding_map: A row a cell (or a well, see `mapped`): x, y (of `layout.embedding_map`),
             compound, moa, plate, well and, where known, replicate.
         mapped: What a point of the map is.
+        imported: Whether profiles were made elsewhere, so that there is no network to test.
         evaluation: As `evaluation.evaluate` returns it, under the names of the tests
             (:data:`screening.splits.TESTS`).
         similarity: A row and a column a mechanism: mean cosine similarity of their compounds
@@ -71,6 +72,7 @@ class ReportData:
     training: pd.DataFrame = field(default_factory=pd.DataFrame)
     embedding_map: pd.DataFrame = field(default_factory=pd.DataFrame)
     mapped: str = "cell"
+    imported: bool = False
     evaluation: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     similarity: pd.DataFrame = field(default_factory=pd.DataFrame)
     activity: pd.DataFrame = field(default_factory=pd.DataFrame)

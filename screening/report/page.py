@@ -74,11 +74,12 @@ def render(data: ReportData, *, live: Live | None = None) -> str:
         script=Markup(_script(live)),
         policy=content_policy(live),
         title=data.title,
+        imported=data.imported,
         tiles=_tiles(data),
         tests=[
             held_out_test(key, data.evaluation.get(key), styles)
             for key in TESTS
-            if key in (data.evaluation or USUAL_TESTS)
+            if key in (data.evaluation or USUAL_TESTS) and not data.imported
         ],
         notes=list(data.notes),
         facts=_facts(data.provenance),
