@@ -263,7 +263,8 @@ def _plan(config: ImportProfilesConfig) -> _Plan:
         source.read([name for name in source.columns if name in named or name in found.further])
         for source, found in zip(sources, columns, strict=True)
     ]
-    metadata = pd.concat(frames, ignore_index=True)
+    # Errors name a row by its place in its own file.
+    metadata = frames[0] if len(frames) == 1 else pd.concat(frames, keys=config.tables, names=["table", "row"])
     try:
         wells = settle(metadata, first.keys, config.controls, config.positive_controls)
         compounds = wells.compounds

@@ -252,7 +252,8 @@ def settle(
     """Bring the metadata of wells into the forms of a plate map and a table of compounds.
 
     Args:
-        metadata: a row a row of the tables; columns by their own names.
+        metadata: a row a row of the tables; columns by their own names. Errors name a row by its index: the number of
+            the row, or the name of its table and that.
         keys: as of :class:`Columns`.
         controls: negative controls: names of compounds, or ``COLUMN=VALUE``; guessed where none is given.
         positive: positive controls likewise.
@@ -338,13 +339,21 @@ def _plain_values(column: pd.Series[Any]) -> pd.Series[Any]:
     return text
 
 
+def _row(index: Any) -> str:
+    """What errors call a row, counted from one."""
+    if isinstance(index, tuple):
+        table, number = index
+        return f"row {number + 1} of {table}"
+    return f"row {index + 1}"
+
+
 def _required(metadata: pd.DataFrame, keys: Mapping[str, tuple[str, ...]], key: str) -> pd.Series[Any]:
     values = _joined(metadata, keys[key])
     empty = values.index[values.isna()]
     if len(empty):
         raise InputError(
-            f"{len(empty):,} of {len(values):,} wells have no {key} in {'+'.join(keys[key])} (the first is row "
-            f"{empty[0] + 1}): fill it in, or name another column with --map {key}=COLUMN"
+            f"{len(empty):,} of {len(values):,} wells have no {key} in {'+'.join(keys[key])} (the first is "
+            f"{_row(empty[0])}): fill it in, or name another column with --map {key}=COLUMN"
         )
     return values
 
@@ -374,10 +383,8 @@ def _names_of_wells(wells: pd.Series[Any]) -> pd.Series[Any]:
         try:
             names[well] = canonical_well(text)
         except InputError as error:
-            row_number = int(wells.index[wells == well][0]) + 1
-            raise InputError(
-                f"row {row_number}: {error}; is it the right column? name it with --map well=COLUMN"
-            ) from error
+            where = _row(wells.index[wells == well][0])
+            raise InputError(f"{where}: {error}; is it the right column? name it with --map well=COLUMN") from error
     return wells.map(names)
 
 
@@ -406,7 +413,7 @@ def _doses(metadata: pd.DataFrame, keys: Mapping[str, tuple[str, ...]]) -> tuple
     if len(wrong):
         raise InputError(
             f"column {'+'.join(keys['concentration'])}: {len(wrong):,} values are no concentrations, such as "
-            f"{wrong.iloc[0]!r} in row {wrong.index[0] + 1}; expected numbers, or name another column with "
+            f"{wrong.iloc[0]!r} in {_row(wrong.index[0])}; expected numbers, or name another column with "
             "--map concentration=COLUMN"
         )
     concentration = numbers.astype(float).reindex(text.index)
