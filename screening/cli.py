@@ -108,6 +108,9 @@ UpdateOption = Annotated[
 ScreenArgument = Annotated[str, typer.Argument(help="Folder or URL of a screen.", show_default=False)]
 
 
+_SHOWN_ROWS = 40  # of a table that may have hundreds
+
+
 def main() -> None:
     """Entry point; a user's mistake ends in a message, never in a traceback."""
     try:
@@ -629,7 +632,7 @@ def statistics(
     asked = {"n_permutations": permutations, "fdr": fdr, "active_only": active_only}
     opened = compute(screen, {name: value for name, value in asked.items() if value is not None})
     found = read_statistics(opened, table.value)
-    _print(readable(found) if output is Format.table else found, output)
+    _print_first(readable(found) if output is Format.table else found, output)
 
 
 @app.command()
@@ -658,7 +661,7 @@ def predict(
 
     opened = Screen.open(screen)
     found = vote(opened, compound, level.value if level else None, PredictionConfig(k=k))
-    _print(readable(found.table) if output is Format.table else found.table, output)
+    _print_first(readable(found.table) if output is Format.table else found.table, output)
     for note in found.notes if output is Format.table else ():
         typer.echo(f"note: {note}")
 
@@ -872,6 +875,16 @@ def _print(table: pd.DataFrame, output: Format) -> None:
         typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
     else:
         typer.echo(_text(table))
+
+
+def _print_first(table: pd.DataFrame, output: Format) -> None:
+    """The whole table for programs; for readers its first rows, where it has a row a compound."""
+    if output is not Format.table:
+        _print(table, output)
+        return
+    _print(table.head(_SHOWN_ROWS), output)
+    if len(table) > _SHOWN_ROWS:
+        typer.echo(f"… and {len(table) - _SHOWN_ROWS:,} more rows: --format csv prints all")
 
 
 def _text(table: pd.DataFrame) -> str:

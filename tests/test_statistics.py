@@ -599,6 +599,24 @@ def test_formats_say_the_same(screen: Screen, command: Command, table: str) -> N
     assert len(said["table"].out.splitlines()) == len(expected) + 1
 
 
+def test_long_tables_are_cut_for_readers_and_whole_for_programs(tmp_path: Path, command: Command) -> None:
+    names = ["DMSO"] * 8 + [f"drug {i}" for i in range(43) for _ in range(2)]
+    roles = ["negative_control" if name == "DMSO" else "treatment" for name in names]
+    wells_here = pd.DataFrame({"plate": "p1", "compound": names, "concentration": np.nan, "unit": None, "role": roles})
+    wells_here["well"] = [f"{chr(65 + i // 12)}{i % 12 + 1:02}" for i in range(len(names))]
+    wells_here["replicate"] = "1"
+    compounds = pd.DataFrame({"compound": sorted(set(names))})
+    compounds["moa"] = [None if name == "DMSO" else f"moa {name[-1]}" for name in compounds["compound"]]
+    profiles = np.random.default_rng(0).normal(size=(len(names), 5))
+    screen = write_screen(str(tmp_path / "screen"), wells_here, profiles, compounds)
+    for asked in (("statistics", screen.url), ("predict", screen.url)):
+        lines = command(*asked).out.splitlines()
+        assert sum("drug " in line for line in lines) == 40
+        assert lines[41] == "… and 3 more rows: --format csv prints all"
+        assert len(pd.read_csv(io.StringIO(command(*asked, "--format", "csv").out))) == 43
+        assert len(json.loads(command(*asked, "--format", "json").out)) == 43
+
+
 def test_a_screen_without_profiles_says_what_to_do(tmp_path: Path, command: Command) -> None:
     screen = Screen(str(tmp_path / "screen"))
     screen.write_manifest(Manifest(software={}, config={}, inputs=""))
