@@ -36,8 +36,7 @@ class Searcher:
 
     def __init__(self, screen: Screen | str) -> None:
         self.screen = Screen(screen) if isinstance(screen, str) else screen
-        if not self.screen.exists():
-            raise SchemaError(self.screen.url, "is not a screen: it has no manifest.json")
+        self.screen.check_there()
         if not index_exists(self.screen.index):
             raise SchemaError(self.screen.url, "has no index: run the stage `index` first")
         self.manifest = read_manifest(self.screen.index)

@@ -221,6 +221,16 @@ class Screen:
         """Whether a run has begun here."""
         return store.exists(self.manifest_url)
 
+    def check_there(self) -> None:
+        """Refuse what is no screen.
+
+        Raises:
+            SchemaError: saying whether anything is there.
+        """
+        if not self.exists():
+            found = "it has no manifest.json" if store.list_names(self.url) else "there is nothing at that place"
+            raise SchemaError(self.url, f"is not a screen: {found}")
+
     def foreign_names(self) -> list[str]:
         """What a folder that is no screen holds; empty for a screen, and for a new folder."""
         names = [name for name in store.list_names(self.url) if not name.startswith(".")]
@@ -232,8 +242,7 @@ class Screen:
         Raises:
             SchemaError: if there is none, or one of another version.
         """
-        if not self.exists():
-            raise SchemaError(self.url, "is not a screen: it has no manifest.json")
+        self.check_there()
         try:
             return Manifest.model_validate(store.read_json(self.manifest_url))
         except ValidationError as error:

@@ -147,9 +147,9 @@ def test_wrong_usage_is_code_2(
     ("arguments", "said"),
     [
         (["run", "{config}", "--out", "{out}"], "plate_map.csv: no such file"),
-        (["query", "{out}", "--compound", "DMSO"], "is not a screen: it has no manifest.json"),
+        (["query", "{out}", "--compound", "DMSO"], "is not a screen: there is nothing at that place"),
         (["predict", "{out}"], "is not a screen"),
-        (["status", "{out}"], "is not a screen: it has no manifest.json"),
+        (["status", "{out}"], "is not a screen: there is nothing at that place"),
         (["ingest", "{out}/tiffs", "{out}/p.zarr", "--well", "A1"], "no such file or folder"),
         (["status", "nowhere://bucket/screen"], "cannot be opened"),
     ],
@@ -168,4 +168,4 @@ def test_mistakes_end_without_a_traceback_in_a_process_of_their_own(
 ) -> None:
     done = subprocess_command("status", tmp_path)
     assert (done.code, done.out) == (1, "")
-    assert done.err == f"error: {tmp_path}: is not a screen: it has no manifest.json\n"
+    assert done.err == f"error: {tmp_path}: is not a screen: there is nothing at that place\n"

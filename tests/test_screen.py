@@ -208,6 +208,9 @@ def test_outputs_tell_apart_what_was_done_again(screen: Screen) -> None:
 
 def test_a_manifest_reads_back(screen: Screen) -> None:
     assert not screen.exists()
+    with pytest.raises(SchemaError, match="is not a screen: there is nothing at that place"):
+        screen.read_manifest()
+    store.write_bytes(store.join(screen.url, "notes.txt"), b"")
     with pytest.raises(SchemaError, match=r"is not a screen: it has no manifest\.json"):
         screen.read_manifest()
     screen.write_manifest(MANIFEST)
