@@ -194,14 +194,14 @@ def test_update_does_again_only_what_depends_on_the_change(
 ) -> None:
     untouched = (*PER_WELL, "calibration", "embeddings", "checkpoint", "train", "split.parquet", "evaluation.json")
     before, written = digests(screen_copy, *untouched), times(screen_copy, *untouched)
-    profiles = digests(screen_copy, "profiles", "index")
+    profiles = digests(screen_copy, "profiles")
     changed = ("--set", "profiles.recipe.method=raw", "--update")
     done = command("run", small_screen / "run.yaml", "--out", screen_copy, *small_settings, *changed)
     assert done.code == 0
     redone = [stage for stage in STAGES if f"{stage}: done before" not in done.err]
     assert redone == ["index", "statistics", "report"]
     assert (digests(screen_copy, *untouched), times(screen_copy, *untouched)) == (before, written)
-    now = digests(screen_copy, "profiles", "index")
+    now = digests(screen_copy, "profiles")
     assert now.keys() == profiles.keys()
     assert now["profiles/well.parquet"] != profiles["profiles/well.parquet"]
     manifest = Screen(str(screen_copy)).read_manifest()
