@@ -95,7 +95,7 @@ def evaluate_recipes(
     labelled = config.label in wells and wells[config.label].notna().any()
     if not labelled:
         if config.label != "moa":
-            matching(wells, [config.label], "--class")
+            matching(wells, [config.label], "--class", _renamed(screen))
         label_note = f"no compound has a class in {config.label!r}: classes are not tested; name a column with --class"
     rows: list[tuple[str, int, Score]] = []
     notes: list[str] = [] if labelled else [label_note]
@@ -112,6 +112,12 @@ def evaluate_recipes(
         rows += [(name, done.values.shape[1], score) for score in scores]
     table = pd.DataFrame([{"recipe": name, "n_features": n, **score._asdict()} for name, n, score in rows])
     return Evaluated(table, tuple(dict.fromkeys(notes)))
+
+
+def _renamed(screen: Screen) -> dict[str, str]:
+    """What an import has called the columns that it was told the meaning of."""
+    imported = screen.read_manifest().config.get("profiles_import", {})
+    return {column: key for key, column in imported.get("columns", {}).items()}
 
 
 def wide(scores: pd.DataFrame) -> pd.DataFrame:

@@ -48,7 +48,7 @@ from storage_schemas.tables import (
     write_tables,
 )
 
-OUTPUT_VERSION = 2  # raised when the same tables give other files
+OUTPUT_VERSION = 3  # raised when the same tables give other files
 
 _OF_PROFILES: tuple[Stage, ...] = ("statistics", "evaluate", "report")  # stages that come of them
 
@@ -129,6 +129,7 @@ def import_profiles(out: str, config: ImportProfilesConfig, *, update: bool = Fa
     _require_controls(plan, config.profiles)
     if screen.exists():
         _rehearse(plan, config.profiles)
+    is_new = not store.exists(screen.url)
     mark = fingerprint("profiles", OUTPUT_VERSION, config.model_dump(mode="json"), plan.features)
     try:
         found, notes = _write(screen, plan, config, mark)
@@ -137,6 +138,8 @@ def import_profiles(out: str, config: ImportProfilesConfig, *, update: bool = Fa
         for url in (screen.manifest_url, screen.plate_map, screen.compounds):
             store.remove(url)
         screen.remove_stage("index")
+        if is_new and not store.list_names(screen.url):
+            store.remove(screen.url)
         raise
     rows, written = len(plan.wells.kept), len(plan.wells.plate_map)
     counts = {"rows": rows, "rows left out": rows - written, **found}
@@ -225,6 +228,8 @@ def _plan(config: ImportProfilesConfig) -> _Plan:
     sources = [open_source(url) for url in config.tables]
     notes: list[str] = []
     columns = []
+    # What is empty in one table is a measurement if it is one in another.
+    numbers = frozenset[str]().union(*(source.numbers for source in sources))
     elsewhere = set() if config.compounds is None else set(open_source(config.compounds).columns)
     for source in sources:
         # What only the table of compounds has is looked for there.
@@ -234,14 +239,15 @@ def _plan(config: ImportProfilesConfig) -> _Plan:
             if key not in OF_COMPOUND or name in source.columns or name not in elsewhere
         }
         try:
-            found = interpret(source.columns, source.numbers, here, config.features, source.variables)
+            known = source.numbers | (source.empty & numbers)
+            found = interpret(source.columns, known, here, config.features, source.variables)
         except InputError as error:
             raise InputError(f"{source.url}: {error}") from error
         columns.append(found)
         if found.not_numbers:
             notes.append(
-                f"{len(found.not_numbers)} column(s) of {source.url} are called as measurements are and hold no "
-                f"numbers: {', '.join(found.not_numbers[:5])}; they are left out"
+                f"{len(found.not_numbers)} column(s) of {source.url} are called as measurements are and hold text, "
+                f"or nothing, rather than numbers: {', '.join(found.not_numbers[:5])}; they are no features"
             )
     first = columns[0]
     for source, found in zip(sources, columns, strict=True):
@@ -254,6 +260,8 @@ def _plan(config: ImportProfilesConfig) -> _Plan:
     features = [name for name in first.features if name in common]
     if not features:
         raise InputError(f"the tables {list(config.tables)} have no measurement in common")
+    for source in sources:
+        source.require_numbers(features)
     every = set.union(*(set(found.features) for found in columns))
     if len(every) > len(features):
         notes.append(f"{len(every) - len(features)} feature(s) that are not in every table are left out")

@@ -137,7 +137,9 @@ def interpret(
     """
     unknown = sorted(set(given) - set(KEYS))
     if unknown:
-        raise InputError(f"--map {unknown[0]}=…: unknown; there are {', '.join(KEYS)}")
+        likely = suggest(unknown[0], KEYS)
+        hint = f"did you mean {likely[0]}? There" if likely else "there"
+        raise InputError(f"--map {unknown[0]}=…: unknown; {hint} are {', '.join(KEYS)}")
     keys = {key: _named(text, columns) for key, text in given.items()}
     measured, not_numbers = _measurements(columns, numbers, patterns, variables)
     used = {name for names in keys.values() for name in names}

@@ -684,7 +684,12 @@ def _units(spreads: Floats, centred: Floats) -> Floats:
 def _sphere(state: Processed, wells: pd.DataFrame, step: Sphere) -> Processed:
     rows = np.flatnonzero(_reference(wells, step.reference))
     if len(rows) < 2:
-        raise InputError(f"whitening needs two reference wells at least, found {len(rows)}")
+        kinds = {"controls": "negative controls", "plate": "wells", "treatments": "treated wells"}
+        raise InputError(
+            f"whitening needs two {kinds[step.reference]} at least, found {len(rows)}: if there are more, give them "
+            "their role in the plate map (of an import: --control); else take a recipe that whitens on all wells "
+            "('{method: sphered, reference: plate}') or one that does not whiten (--recipe raw)"
+        )
     center, covariance = _moments(state.values, rows)
     matrix = whitening(covariance, step.regularisation, len(rows))
     _transform(state.values, np.arange(len(state.values)), center, matrix, 0.0)

@@ -8,7 +8,7 @@ Shapes: w wells or treatments, D dimensions, c compounds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -166,8 +166,16 @@ def linear_hits(
     return correct
 
 
-def matching(metadata: pd.DataFrame, columns: Sequence[str], option: str) -> list[str]:
+def matching(
+    metadata: pd.DataFrame, columns: Sequence[str], option: str, renamed: Mapping[str, str] | None = None
+) -> list[str]:
     """The columns that there are of those that are asked for; one that is alone must be there.
+
+    Args:
+        metadata: that should have them.
+        columns: names.
+        option: by which they were asked for.
+        renamed: what columns of another table are called here.
 
     Raises:
         InputError: if none is there, with near names.
@@ -178,6 +186,8 @@ def matching(metadata: pd.DataFrame, columns: Sequence[str], option: str) -> lis
     if not found:
         near = suggest(columns[0], [str(name) for name in metadata])
         hint = f"did you mean {', '.join(map(repr, near))}?" if near else f"there are {list(metadata)[:12]}"
+        if renamed and columns[0] in renamed:
+            hint = f"the import took it for {renamed[columns[0]]}: {option} {renamed[columns[0]]}"
         raise InputError(f"{option} {columns[0]!r}: the metadata have no such column; {hint}")
     return found
 

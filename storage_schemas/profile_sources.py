@@ -7,25 +7,38 @@ from __future__ import annotations
 
 import csv
 import io
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from storage_schemas import store
 from storage_schemas.errors import InputError, SchemaError
 
-_SAMPLE_ROWS = 1000
 _BLOCK_BYTES = 2**24
 _BLOCK_ROWS = 2048
-_NULLS = ["", "NA", "N/A", "NaN", "nan", "NULL", "null", "None", "none", "#N/A"]
+# What stands for a missing value: of R, pandas and databases, then of spreadsheets, then of C on Windows.
+_NULLS = [
+    *("", "NA", "N/A", "n/a", "NaN", "nan", "NULL", "null", "None", "none", "<NA>"),
+    *("#N/A", "#N/A N/A", "#NA", "#DIV/0!", "#NUM!", "#VALUE!", "#REF!", "#NAME?", "#NULL!"),
+    *("1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN", "1.#INF", "-1.#INF"),
+]
+_NUMBER = r"^[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|inf|infinity|nan)$"
+
+
+class Stray(NamedTuple):
+    """Text in a column of numbers: the first, its row (from 1, the header not counted), and how many there are."""
+
+    row: int
+    value: str
+    n: int
 
 
 @dataclass(frozen=True)
@@ -36,8 +49,10 @@ class Source:
         url: where it lies.
         kind: of file.
         columns: names of its columns, in order; of AnnData those of ``obs``, then the names of the variables.
-        numbers: those that hold numbers, as their type or the first thousand rows say.
+        numbers: those that hold numbers, as their type says; in CSV, those that hold more numbers than other text.
         variables: those that are measurements because the file says so; none where it does not say.
+        empty: columns of a CSV file that hold nothing at all, and could be anything.
+        strays: what else stands in columns of numbers.
     """
 
     url: str
@@ -45,6 +60,18 @@ class Source:
     columns: tuple[str, ...]
     numbers: frozenset[str]
     variables: tuple[str, ...] = ()
+    empty: frozenset[str] = frozenset()
+    strays: Mapping[str, Stray] = field(default_factory=dict)
+
+    def require_numbers(self, columns: Sequence[str]) -> None:
+        """See to it that columns of ``numbers`` hold nothing else.
+
+        Raises:
+            SchemaError: if one does, naming column, row and value.
+        """
+        for name in columns:
+            if name in self.strays:
+                raise _not_a_number(self.url, name, self.strays[name])
 
     def read(self, columns: Sequence[str]) -> pd.DataFrame:
         """Some columns whole; those of a CSV file as text or None.
@@ -59,15 +86,14 @@ class Source:
                 with _file(self.url) as file:
                     frame = pq.read_table(file, columns=list(columns)).to_pandas(ignore_metadata=True)
                 return pd.DataFrame(frame[list(columns)])
-            text = dict.fromkeys(columns, pa.string())
-            batches = [batch.to_pandas() for batch in _csv_batches(self.url, columns, text)]
+            batches = [batch.to_pandas() for batch in _csv_batches(self.url, columns)]
             return pd.concat(batches, ignore_index=True) if batches else pd.DataFrame(columns=list(columns))
 
     def blocks(self, columns: Sequence[str]) -> Iterator[NDArray[np.float32]]:
         """Measurements, (rows, columns) at a time, NaN where there is none.
 
         Raises:
-            SchemaError: if the file cannot be read, or a value is not a number: naming its column.
+            SchemaError: if the file cannot be read, or as :meth:`require_numbers`.
         """
         with _problems(self.url):
             if self.kind == "h5ad":
@@ -78,8 +104,9 @@ class Source:
                     for batch in pq.ParquetFile(file).iter_batches(_BLOCK_ROWS, columns=list(columns)):
                         yield _as_array(batch, columns)
                 return
-            for batch in _csv_batches(self.url, columns, dict.fromkeys(columns, pa.float32())):
-                yield _as_array(batch, columns)
+            self.require_numbers(columns)
+            for batch in _csv_batches(self.url, columns):
+                yield np.stack([_numbers(batch.column(name))[0] for name in columns], axis=1)
 
 
 def open_source(url: str) -> Source:
@@ -100,10 +127,14 @@ def open_source(url: str) -> Source:
             source = _open_h5ad(url)
         else:
             raise SchemaError(url, "expected a table of profiles: .csv, .csv.gz, .tsv, .parquet or .h5ad")
-    seen = pd.Index(source.columns)
+    _refuse_twins(url, source.columns)
+    return source
+
+
+def _refuse_twins(url: str, columns: Sequence[str]) -> None:
+    seen = pd.Index(columns)
     if seen.has_duplicates:
         raise SchemaError(url, f"columns {sorted(set(seen[seen.duplicated()]))[:5]} stand there more than once")
-    return source
 
 
 @contextmanager
@@ -136,15 +167,14 @@ def _as_array(batch: pa.RecordBatch, columns: Sequence[str]) -> NDArray[np.float
 
 
 def _open_csv(url: str) -> Source:
-    delimiter, header = _csv_header(url)
-    with _file(url) as file:
-        sample = pd.read_csv(file, sep=delimiter, nrows=_SAMPLE_ROWS, na_values=_NULLS, encoding="utf-8-sig")
-    if len(sample.columns) != len(header):
-        raise SchemaError(url, f"has {len(header)} names of columns and rows of {len(sample.columns)} values")
-    kinds = [dtype.kind for dtype in sample.dtypes]
-    # pandas renames what stands there twice, so the header itself is asked.
-    numbers = frozenset(name for name, kind in zip(header, kinds, strict=True) if kind in "if")
-    return Source(url, "csv", tuple(name for name in header if name), numbers - {""})
+    _, header = _csv_header(url)
+    columns = tuple(name for name in header if name)
+    _refuse_twins(url, columns)
+    finite, strays = _contents(_csv_batches(url, columns), columns)
+    numbers = frozenset(name for name in columns if finite[name] > (strays[name].n if name in strays else 0))
+    empty = frozenset(name for name in columns if not finite[name] and name not in strays)
+    strays = {name: stray for name, stray in strays.items() if name in numbers}
+    return Source(url, "csv", columns, numbers, empty=empty, strays=strays)
 
 
 def _csv_header(url: str) -> tuple[str, list[str]]:
@@ -156,33 +186,66 @@ def _csv_header(url: str) -> tuple[str, list[str]]:
     return delimiter, [name.strip() for name in next(csv.reader([line], delimiter=delimiter))]
 
 
-def _csv_batches(url: str, columns: Sequence[str], types: dict[str, pa.DataType]) -> Iterator[pa.RecordBatch]:
+def _csv_batches(url: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Columns as text, nothing where it stands for a missing value."""
     from pyarrow import csv as arrow_csv
 
     delimiter, header = _csv_header(url)
+    with _file(url) as file:
+        yield from arrow_csv.open_csv(
+            file,
+            read_options=arrow_csv.ReadOptions(block_size=_BLOCK_BYTES, column_names=header, skip_rows=1),
+            parse_options=arrow_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+            convert_options=arrow_csv.ConvertOptions(
+                include_columns=list(columns),
+                column_types=dict.fromkeys(columns, pa.string()),
+                null_values=_NULLS,
+                strings_can_be_null=True,
+                quoted_strings_can_be_null=True,
+            ),
+        )
+
+
+def _contents(batches: Iterable[pa.RecordBatch], columns: Sequence[str]) -> tuple[dict[str, int], dict[str, Stray]]:
+    """How many numbers each column of text holds, and what is neither number nor missing in those that hold such."""
+    finite = dict.fromkeys(columns, 0)
+    strays: dict[str, Stray] = {}
+    start = 0
+    for batch in batches:
+        for name in columns:
+            column = batch.column(name)
+            values, rows = _numbers(column)
+            finite[name] += int(np.isfinite(values).sum())
+            if len(rows):
+                first = Stray(start + int(rows[0]) + 1, str(column[int(rows[0])].as_py()), 0)
+                before = strays.get(name, first)
+                strays[name] = before._replace(n=before.n + len(rows))
+        start += batch.num_rows
+    return finite, strays
+
+
+def _numbers(text: pa.Array) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Text as numbers, NaN where they are missing, and the rows of what is neither."""
     try:
-        with _file(url) as file:
-            yield from arrow_csv.open_csv(
-                file,
-                read_options=arrow_csv.ReadOptions(block_size=_BLOCK_BYTES, column_names=header, skip_rows=1),
-                parse_options=arrow_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-                convert_options=arrow_csv.ConvertOptions(
-                    include_columns=list(columns),
-                    column_types=types,
-                    null_values=_NULLS,
-                    strings_can_be_null=True,
-                    quoted_strings_can_be_null=True,
-                ),
-            )
-    except pa.ArrowInvalid as error:
-        place = re.search(r"In CSV column #(\d+): (?:CSV conversion error to \w+: )?(.*)", str(error))
-        if place is None:
-            raise
-        raise SchemaError(
-            url,
-            f"column {header[int(place[1])]!r} is no measurement in every row: {place[2]}; mend it, or leave the "
-            "column out by naming the measurements (--features)",
-        ) from error
+        return text.cast(pa.float32()).to_numpy(zero_copy_only=False), np.empty(0, np.int64)
+    except pa.ArrowInvalid:
+        text = pc.utf8_trim_whitespace(text)
+    number = pc.fill_null(pc.match_substring_regex(text, _NUMBER, ignore_case=True), False)
+    marks = pa.array(sorted({mark.upper() for mark in _NULLS}))
+    missing = pc.or_(pc.is_null(text), pc.is_in(pc.utf8_upper(text), value_set=marks))
+    values = pc.if_else(number, text, pa.scalar(None, pa.string())).cast(pa.float32())
+    strays = np.flatnonzero(~pc.or_(number, missing).to_numpy(zero_copy_only=False))
+    return values.to_numpy(zero_copy_only=False), strays
+
+
+def _not_a_number(url: str, column: str, stray: Stray) -> SchemaError:
+    more = f" (and {stray.n - 1:,} more)" if stray.n > 1 else ""
+    return SchemaError(
+        url,
+        f"column {column!r}, row {stray.row:,} (not counting the header): {stray.value!r} is no number{more}; mend "
+        "it, leave the cell empty if nothing was measured, or leave the column out by naming the measurements "
+        "(--features)",
+    )
 
 
 # --- Parquet -------------------------------------------------------------------------------------
@@ -191,10 +254,10 @@ def _csv_batches(url: str, columns: Sequence[str], types: dict[str, pa.DataType]
 def _open_parquet(url: str) -> Source:
     with _file(url) as file:
         schema = pq.read_schema(file)
-    fields = [field for field in schema if not field.name.startswith("__index_level_")]
-    plain = [field for field in fields if not pa.types.is_nested(field.type)]
+    fields = [f for f in schema if not f.name.startswith("__index_level_")]
+    plain = [f for f in fields if not pa.types.is_nested(f.type)]
     numbers = [f.name for f in plain if pa.types.is_integer(f.type) or pa.types.is_floating(f.type)]
-    return Source(url, "parquet", tuple(field.name for field in plain), frozenset(numbers))
+    return Source(url, "parquet", tuple(f.name for f in plain), frozenset(numbers))
 
 
 # --- AnnData -------------------------------------------------------------------------------------

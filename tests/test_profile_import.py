@@ -85,8 +85,8 @@ def test_what_is_not_found_is_answered_with_near_names() -> None:
         meaning("Metadata_Plate Metadata_WellRow compound Cells_x")
     with pytest.raises(InputError, match="no column 'Metadata_plate'; did you mean 'Metadata_Plate'"):
         meaning("Metadata_Plate Metadata_Well compound Cells_x", plate="Metadata_plate")
-    with pytest.raises(InputError, match="--map plat=…: unknown; there are plate, well"):
-        meaning("Metadata_Plate Cells_x", plat="Metadata_Plate")
+    with pytest.raises(InputError, match=r"--map mao=…: unknown; did you mean moa\? There are plate, well"):
+        meaning("Metadata_Plate Cells_x", mao="Metadata_Plate")
     assert parse_meanings(["plate=a+b,well=c", "moa=x, y"]) == {"plate": "a+b", "well": "c", "moa": "x, y"}
     with pytest.raises(InputError, match="expected KEY=COLUMN"):
         parse_meanings(["plate"])
@@ -126,6 +126,12 @@ def test_wells_roles_and_doses_are_brought_into_form() -> None:
     assert found.further["note"].tolist() == ["01", "02"], "a leading zero is kept"
     assert found.compounds.set_index("compound")["smiles"].to_dict() == {"DMSO": "C", "x": "CC"}
     assert "1 of 3 rows name no compound and are left out" in " ".join(found.notes)
+
+
+def test_the_title_of_a_column_tells_the_unit_of_each_dose() -> None:
+    title = "Compound Concentration (microMolar)"
+    found = settle(metadata(c=["DMSO", "x", "y"], **{title: ["", "2.5", "10"]}), {**KEYS, "concentration": (title,)})
+    assert found.plate_map["unit"].tolist() == [None, "uM", "uM"]
 
 
 def test_controls_are_found_by_what_is_there_or_as_told() -> None:
@@ -273,7 +279,7 @@ def test_a_screen_that_cannot_be_replaced_stays(tables: list[Path], tmp_path: Pa
     damaged.to_csv(tmp_path / "damaged.csv", index=False)
     for change, said in (
         ({"profiles": alone}, "no negative control"),
-        ({"tables": (str(tmp_path / "damaged.csv"),)}, "no measurement in every row"),
+        ({"tables": (str(tmp_path / "damaged.csv"),)}, "row 1,101 .*'oops' is no number"),
     ):
         with pytest.raises(InputError, match=said):
             import_profiles(str(out), config.model_copy(update=change), update=True)
@@ -365,9 +371,69 @@ def test_a_column_that_holds_text_further_down_leaves_no_screen(tmp_path: Path) 
     frame["Metadata_Plate"] = [f"P{i // 14}" for i in range(len(frame))]
     frame.loc[1100, "Cells_Feature_1"] = "oops"
     frame.to_csv(tmp_path / "t.csv", index=False)
-    with pytest.raises(InputError, match="column 'Cells_Feature_1' is no measurement in every row"):
+    with pytest.raises(InputError, match=r"column 'Cells_Feature_1', row 1,101 .*: 'oops' is no number"):
         import_profiles(str(tmp_path / "screen"), ImportProfilesConfig(tables=(str(tmp_path / "t.csv"),)))
-    assert not [path for path in (tmp_path / "screen").rglob("*") if path.is_file()]
+    assert not (tmp_path / "screen").exists()
+
+
+@pytest.mark.parametrize("row", [4, 1100])
+def test_marks_of_missing_values_cost_no_feature_wherever_they_stand(row: int, tmp_path: Path) -> None:
+    frame = pd.concat([profiles_table(plates=1)] * 80, ignore_index=True).astype({"Cells_Feature_1": object})
+    frame["Metadata_Plate"] = [f"P{i // 14}" for i in range(len(frame))]
+    frame.loc[row, "Cells_Feature_1"] = "#DIV/0!"
+    frame["Cells_Words"], frame["Cells_Nothing"], frame["remark"] = "text", "#N/A", "fine"
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    done = import_profiles(str(tmp_path / "screen"), ImportProfilesConfig(tables=(str(tmp_path / "t.csv"),)))
+    assert (done.counts["features"], done.counts["features kept"]) == (9, 6)
+    notes = " ".join(done.notes)
+    assert "1 missing value(s) are the median of their plate" in notes
+    assert "2 column(s) of " in notes
+    assert "rather than numbers: Cells_Words, Cells_Nothing; they are no features" in notes
+    wells, values = read_profiles(Screen(str(tmp_path / "screen")), processed=False)
+    assert np.argwhere(np.isnan(values[:, :6])).tolist() == [[row, 1]]
+    assert wells["remark"].tolist() == ["fine"] * len(frame)
+
+
+def test_a_plain_column_with_one_word_is_an_error_and_not_metadata(tmp_path: Path) -> None:
+    frame = profiles_table().drop(columns=["Cells_Flat", "Nuclei_Gaps", "Cells_AreaShape_Center_X"])
+    frame.columns = [name.removeprefix("Metadata_").replace("Cells_Feature_", "f") for name in frame]
+    frame = frame.astype({"f3": object})
+    frame.loc[30, "f3"] = "abc"
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    with pytest.raises(InputError, match=r"t\.csv: column 'f3', row 31 .*'abc' is no number"):
+        import_profiles(str(tmp_path / "screen"), ImportProfilesConfig(tables=(str(tmp_path / "t.csv"),)))
+
+
+def test_a_feature_that_is_empty_in_one_table_is_missing_there(tmp_path: Path) -> None:
+    frame = profiles_table()
+    tables = []
+    for plate, own in frame.groupby("Metadata_Plate"):
+        tables.append(str(tmp_path / f"{plate}.csv"))
+        own.assign(Cells_Flat=np.nan if plate == "P1" else 1.0).to_csv(tables[-1], index=False)
+    done = import_profiles(str(tmp_path / "screen"), ImportProfilesConfig(tables=tuple(tables)))
+    assert done.counts["features"] == 9
+    assert "2 not finite" in " ".join(done.notes)
+
+
+def test_a_failure_of_the_recipe_leaves_no_folder_but_one_that_was_there(tmp_path: Path) -> None:
+    frame = profiles_table(plates=1)
+    frame[frame["Metadata_pert_iname"].ne("DMSO") | (frame.index == 0)].to_csv(tmp_path / "t.csv", index=False)
+    config = ImportProfilesConfig(tables=(str(tmp_path / "t.csv"),))
+    (tmp_path / "mine").mkdir()
+    for name in ("screen", "mine"):
+        with pytest.raises(InputError, match=r"two negative controls .* found 1.*reference: plate.*--recipe raw"):
+            import_profiles(str(tmp_path / name), config)
+    assert not (tmp_path / "screen").exists()
+    assert not list((tmp_path / "mine").iterdir())
+
+
+def test_a_class_by_the_name_that_the_import_has_replaced_is_told_its_key(tmp_path: Path, command: Command) -> None:
+    profiles_table().assign(Metadata_kind="x").to_csv(tmp_path / "t.csv", index=False)
+    columns = {"moa": "Metadata_kind"}
+    import_profiles(str(tmp_path / "screen"), ImportProfilesConfig(tables=(str(tmp_path / "t.csv"),), columns=columns))
+    done = command("profiles", "evaluate", tmp_path / "screen", "--recipe", "raw", "--class", "Metadata_kind")
+    assert done.code == 1
+    assert "the import took it for moa: --class moa" in done.err.replace("\n", " ")
 
 
 def test_one_plate_and_single_wells_are_said(tmp_path: Path) -> None:

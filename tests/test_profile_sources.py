@@ -98,13 +98,47 @@ def test_large_tables_come_in_blocks(tmp_path: Path) -> None:
     assert len(list(open_source(str(write_h5ad(frame, tmp_path))).blocks(FEATURES))) > 2
 
 
-def test_text_among_measurements_is_named_wherever_it_stands(tmp_path: Path) -> None:
+@pytest.mark.parametrize("row", [0, 4, 999, 1000, 4000, 4999])
+def test_text_among_measurements_is_named_wherever_it_stands(row: int, tmp_path: Path) -> None:
     frame = table().astype({"Cells_b": object})
-    frame.loc[4000, "Cells_b"] = "oops"
+    frame.loc[row, "Cells_b"] = "oops"
     source = open_source(str(write_csv(frame, tmp_path)))
-    assert "Cells_b" in source.numbers, "the first thousand rows are numbers"
-    with pytest.raises(SchemaError, match=r"t\.csv: column 'Cells_b' is no measurement in every row: .*oops"):
+    assert set(FEATURES) <= source.numbers
+    source.require_numbers(["Cells_a", "Nuclei_c"])
+    with pytest.raises(
+        SchemaError, match=rf"t\.csv: column 'Cells_b', row {row + 1:,} \(.*\): 'oops' is no number; mend"
+    ):
         list(source.blocks(FEATURES))
+
+
+def test_marks_of_missing_values_are_missing_in_whatever_block_they_stand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marks = ["#DIV/0!", "#N/A", "#NUM!", "#VALUE!", "nan", "NAN", "null", " ", "", " #div/0! ", "inf", "-Inf"]
+    frame = table(200).fillna({"Cells_a": 1.5})
+    text = frame.astype({"Cells_a": object})
+    places = np.linspace(0, 199, len(marks)).astype(int)
+    text.loc[places, "Cells_a"] = marks
+    text.loc[50, "Cells_a"], frame.loc[50, "Cells_a"] = " +2.5e0 ", 2.5
+    monkeypatch.setattr("storage_schemas.profile_sources._BLOCK_BYTES", 1024)
+    source = open_source(str(write_csv(text, tmp_path)))
+    assert set(FEATURES) <= source.numbers
+    assert not source.strays
+    blocks = list(source.blocks(FEATURES))
+    assert len(blocks) > 5
+    frame.loc[places, "Cells_a"] = [np.nan] * 10 + [np.inf, -np.inf]
+    np.testing.assert_array_equal(np.concatenate(blocks), frame[FEATURES].to_numpy(np.float32))
+
+
+def test_a_column_holds_what_most_of_its_values_are(tmp_path: Path) -> None:
+    lines = ["few,most,half,none,words", *["1,1,1,,a", "x,2,x,#N/A,b", "y,y,,nan,3"] * 1000, ",z,,,", "1,4,,,"]
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    source = open_source(str(tmp_path / "t.csv"))
+    assert source.numbers == {"most"}, "no more numbers than text is text; nothing at all is no number"
+    assert source.empty == {"none"}
+    assert source.strays == {"most": (3, "y", 1001)}
+    with pytest.raises(SchemaError, match=r"row 3 .*'y' is no number \(and 1,000 more\)"):
+        source.require_numbers(["most"])
 
 
 @pytest.mark.parametrize(

@@ -306,7 +306,7 @@ def test_fewer_controls_than_features_are_said_and_magnify_nothing_without_limit
     about = values - values[:10].mean(axis=0)
     growth = np.linalg.norm(done.values, axis=1) / np.linalg.norm(about, axis=1)
     assert growth.max() <= (0.3 * mean) ** -0.5 * (1 + 1e-5)
-    with pytest.raises(InputError, match="needs two reference wells"):
+    with pytest.raises(InputError, match=r"needs two negative controls .* found 1.*reference: plate.*--recipe raw"):
         only(values, one_plate(40, 1), Sphere())
     with pytest.raises(InputError, match="all alike"):
         only(np.ones((40, 3)), wells, Sphere())
