@@ -16,16 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from screening.profiles import Raw, Recipe, Robust, Sphered, Standardised, Tvn, process
+from pipelines.evaluate_recipes import NAMES
+from screening.profiles import process
 from screening.statistics import activity
 
-RECIPES: dict[str, Recipe] = {
-    "raw": Raw(),
-    "standardised": Standardised(),
-    "robust": Robust(),
-    "sphered": Sphered(),
-    "tvn": Tvn(),
-}
+RECIPES = {name: NAMES[name]() for name in ("raw", "standardised", "robust", "sphered", "tvn")}
 DESIGNS = {"4 on one plate": (1, 4), "1 on each of 4 plates": (4, 1)}
 CONTROLS = (8, 16, 32, 64)  # that are left on a plate
 ROUNDS = 3

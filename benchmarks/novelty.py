@@ -18,21 +18,16 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from pipelines.evaluate_recipes import NAMES
 from pipelines.inputs import well_keys
 from pipelines.vectors import read_embeddings
 from screening.prediction import novelty
-from screening.profiles import Raw, Recipe, Robust, Sphered, Standardised, Tvn, consensus_profiles, process
+from screening.profiles import Recipe, consensus_profiles, process
 from storage_schemas.screen import Screen
 from storage_schemas.tables import COMPOUNDS, PLATE_MAP, open_table
 
 FALSE_ALARMS = 0.1
-RECIPES: dict[str, Recipe] = {
-    "raw": Raw(),
-    "standardised": Standardised(),
-    "robust": Robust(),
-    "sphered": Sphered(),
-    "tvn": Tvn(),
-}
+RECIPES = {name: NAMES[name]() for name in ("raw", "standardised", "robust", "sphered", "tvn")}
 
 
 class Table(NamedTuple):

@@ -222,7 +222,7 @@ def _embed(screen: Screen, target: Screen, made_by: str, cpus: int | None) -> No
 
 def _copy_profiles(screen: Screen, other: Screen, target: Screen, source: Manifest) -> None:
     """Imported profiles have no network: they must be of the same features."""
-    if "profiles_import" not in other.read_manifest().config:
+    if not other.read_manifest().has_imported_profiles:
         raise InputError(f"{screen.url}: has no network to embed clips with; add profiles that were imported")
     mine, theirs = feature_names(screen, 0), feature_names(other, 0)
     if mine != theirs:

@@ -116,8 +116,9 @@ def evaluate_recipes(
 
 def _renamed(screen: Screen) -> dict[str, str]:
     """What an import has called the columns that it was told the meaning of."""
-    imported = screen.read_manifest().config.get("profiles_import", {})
-    return {column: key for key, column in imported.get("columns", {}).items()}
+    manifest = screen.read_manifest()
+    columns = manifest.settings.get("columns", {}) if manifest.has_imported_profiles else {}
+    return {column: key for key, column in columns.items()}
 
 
 def wide(scores: pd.DataFrame) -> pd.DataFrame:

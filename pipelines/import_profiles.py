@@ -37,7 +37,7 @@ from storage_schemas import store
 from storage_schemas.base import Config
 from storage_schemas.errors import InputError, SchemaError
 from storage_schemas.profile_sources import Source, open_source
-from storage_schemas.screen import STAGES, Manifest, Screen, Stage, StageRecord, fingerprint
+from storage_schemas.screen import PROFILES_IMPORT, STAGES, Manifest, Screen, Stage, StageRecord, fingerprint
 from storage_schemas.tables import (
     COMPOUNDS,
     FEATURES,
@@ -157,7 +157,7 @@ def _write(screen: Screen, plan: _Plan, config: ImportProfilesConfig, mark: str)
     screen.write_manifest(
         Manifest(
             software={name: importlib.metadata.version(name) for name in _SOFTWARE},
-            config={"profiles_import": config.model_dump(mode="json")},
+            config={PROFILES_IMPORT: config.model_dump(mode="json")},
             inputs=mark,
         )
     )
@@ -182,19 +182,19 @@ def reprocess(url: str, config: ProfilesConfig) -> tuple[dict[str, int], list[st
     start = time.monotonic()
     screen = Screen.open(url)
     manifest = screen.read_manifest()
-    if "profiles_import" not in manifest.config:
+    if not manifest.has_imported_profiles:
         raise InputError(
             f"{url}: its profiles were not imported but made by a run: give the recipe to `screening run … --set "
             "profiles.recipe.method=… --update`"
         )
-    before = ImportProfilesConfig.model_validate(manifest.config["profiles_import"])
+    before = ImportProfilesConfig.model_validate(manifest.settings)
     now = before.model_copy(update={"profiles": config})
     mark = fingerprint(manifest.inputs, config.model_dump(mode="json"))
     made, notes = write_profiles(screen, config, mark)
     for stage in _OF_PROFILES:
         screen.remove_stage(stage)
     # Before the index is built: plates that were added to it follow the recipe that the manifest names.
-    changed = {"config": {"profiles_import": now.model_dump(mode="json")}, "stages": {}}
+    changed = {"config": {PROFILES_IMPORT: now.model_dump(mode="json")}, "stages": {}}
     screen.write_manifest(manifest.model_copy(update=changed))
     indexed, searched = build_index(screen, now.index, [])
     old: dict[str, int] = manifest.stages["index"].counts if "index" in manifest.stages else {}
@@ -215,7 +215,7 @@ def _check_folder(screen: Screen, update: bool) -> None:
         if names := screen.foreign_names():
             raise InputError(f"{screen.url}: holds {names[:5]} but no screen; choose a new or empty folder")
         return
-    if "profiles_import" not in screen.read_manifest().config:
+    if not screen.read_manifest().has_imported_profiles:
         raise InputError(f"{screen.url}: holds a screen that was not imported from profiles; choose another folder")
     if not update:
         raise InputError(f"{screen.url}: holds imported profiles; choose another folder, or replace them with --update")

@@ -281,16 +281,13 @@ def done_wells(screen: Screen) -> list[WellKey]:
 
 def profiles_config(screen: Screen) -> ProfilesConfig:
     """What a screen's profiles have gone through."""
-    config = screen.read_manifest().config
-    config = config.get("profiles_import", config)
-    return ProfilesConfig.model_validate(config.get("profiles", {}))
+    return ProfilesConfig.model_validate(screen.read_manifest().settings.get("profiles", {}))
 
 
 def index_config(screen: Screen) -> IndexConfig:
     """How a screen's vectors are to be searched."""
-    config = screen.read_manifest().config
-    config = config.get("profiles_import", config)
-    found: IndexConfig = TypeAdapter(IndexConfig).validate_python(config.get("index", {"method": "auto"}))
+    settings = screen.read_manifest().settings
+    found: IndexConfig = TypeAdapter(IndexConfig).validate_python(settings.get("index", {"method": "auto"}))
     return found
 
 

@@ -84,9 +84,7 @@ def compute(url: str, changes: Mapping[str, Any] | None = None) -> Screen:
         SchemaError: if there are no profiles.
     """
     screen = Screen.open(store.absolute(url))
-    config = screen.read_manifest().config
-    # What was imported has a configuration of its own.
-    settings = _Settings.model_validate(config.get("profiles_import", config))
+    settings = _Settings.model_validate(screen.read_manifest().settings)
     try:
         own = StatisticsConfig.model_validate({**settings.statistics.model_dump(), **(changes or {})})
     except ValidationError as error:

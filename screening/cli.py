@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from enum import IntEnum, StrEnum
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -537,6 +537,12 @@ def query(
         raise typer.BadParameter("is for --vectors", param_hint="--each")
     searcher = Searcher(screen)
     at: Level | None = level.value if level else None
+    wanted: dict[str, Any] = {
+        "k": k,
+        "moa": moa or (),
+        "plate": plate or (),
+        "exclude_same_compound": exclude_same_compound,
+    }
     if enriched:
         if (compound is None and well is None) or at not in (None, "compound") or moa or plate:
             raise typer.BadParameter(
@@ -548,32 +554,13 @@ def query(
         from pipelines.vector_files import vectors_of
 
         rows, names = vectors_of(searcher, vectors, at, each=each)
-        found = searcher.query(
-            vectors=rows,
-            names=names,
-            level=at,
-            k=k,
-            moa=moa or (),
-            plate=plate or (),
-            exclude_same_compound=exclude_same_compound,
-        )
+        found = searcher.query(vectors=rows, names=names, level=at, **wanted)
     elif clips is not None:
         from pipelines.adding import ask_clips
 
-        found = ask_clips(
-            searcher, clips, at, k=k, moa=moa or (), plate=plate or (), exclude_same_compound=exclude_same_compound
-        )
+        found = ask_clips(searcher, clips, at, **wanted)
     else:
-        found = searcher.query(
-            compound=compound,
-            well=well,
-            cell=cell,
-            level=at,
-            k=k,
-            moa=moa or (),
-            plate=plate or (),
-            exclude_same_compound=exclude_same_compound,
-        )
+        found = searcher.query(compound=compound, well=well, cell=cell, level=at, **wanted)
     _print(found, output)
 
 

@@ -20,6 +20,7 @@ from storage_schemas.errors import InputError, SchemaError
 from storage_schemas.keys import WellKey
 
 VERSION = 1
+PROFILES_IMPORT = "profiles_import"  # the key of a manifest's configuration that holds all of an import's
 
 Stage = Literal["segment", "train", "embed", "index", "statistics", "evaluate", "report"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -69,7 +70,13 @@ class Manifest(BaseModel):
     @property
     def has_imported_profiles(self) -> bool:
         """Whether its profiles were made elsewhere: there are no images, no network and no tests of one."""
-        return "profiles_import" in self.config
+        return PROFILES_IMPORT in self.config
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings by name, of the run or of the import of profiles."""
+        found: dict[str, Any] = self.config.get(PROFILES_IMPORT, self.config)
+        return found
 
 
 @dataclass(frozen=True)
