@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 
 class InputError(ValueError):
     """Something the user gave (a file, a table, a name, a setting) is not usable as it is."""
@@ -23,3 +25,22 @@ class SchemaError(InputError):
     def __reduce__(self) -> tuple[type[SchemaError], tuple[str, str]]:
         # The default pickles args=(message,), which does not fit __init__; errors cross Ray processes.
         return type(self), (self.path, self.problem)
+
+
+class StoreError(InputError):
+    """A store or disk that does not answer, refuses for now, or is full: no fault of the data, and to be tried again.
+
+    Args:
+        path: what was to be read or written (path or URL).
+        problem: what the store said.
+        lasting: whether waiting alone does not help, as where a disk is full or access is denied.
+    """
+
+    def __init__(self, path: str, problem: str, *, lasting: bool = False) -> None:
+        super().__init__(f"{path}: {problem}")
+        self.path = path
+        self.problem = problem
+        self.lasting = lasting
+
+    def __reduce__(self) -> tuple[partial[StoreError], tuple[str, str]]:
+        return partial(type(self), lasting=self.lasting), (self.path, self.problem)
