@@ -96,6 +96,9 @@ class ResourcesConfig(Config):
         None, ge=1, description="CPUs that the run uses: a Ray started on this machine has as many; null: all"
     )
     object_store_mb: int = Field(512, ge=80, description="MiB of Ray's object store on this machine")
+    attempts: int = Field(
+        4, ge=1, description="how often a well is tried whose worker dies or whose store does not answer"
+    )
     segment_cpus: float = Field(1.0, gt=0, description="CPUs that one well's segmentation asks for")
     segment_gpus: float = Field(
         0.0, ge=0, description="GPUs that one well's segmentation asks for; only the method cellpose uses one"

@@ -47,6 +47,7 @@ def embed_screen(config: RunConfig, inputs: Inputs, screen: Screen, fingerprint:
         num_cpus=min(1.0, cpus),
         num_gpus=config.resources.embed_gpus,
         actors=actors,
+        attempts=config.resources.attempts,
     )
     run_units(screen, "embed", units, work, config.max_failed_share)
     done = screen.done_units("embed")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -19,7 +19,7 @@ import pyarrow as pa
 import ray
 
 from pipelines.inputs import Inputs
-from pipelines.units import Counts, StageError, Work, run_units
+from pipelines.units import Counts, StageError, Work, is_passing, run_units
 from screening.clips import FixedScaling, PlateScaling, choose_frames
 from screening.illumination import Calibration, calibrate
 from screening.memory import keep_freed_memory
@@ -28,7 +28,7 @@ from screening.similarity import suggest
 from screening.site import SegmentConfig, Site, SiteError, SiteForm, check_form, process_site
 from storage_schemas.calibration import FLAT_FIELD, read_calibration, write_calibration
 from storage_schemas.clips import Clips, Ranges, write_clips
-from storage_schemas.errors import InputError, SchemaError
+from storage_schemas.errors import InputError, SchemaError, StoreError, is_disk_full
 from storage_schemas.keys import SiteKey, WellKey
 from storage_schemas.plate import Plate, Projection, SiteImage, open_site, write_labels
 from storage_schemas.screen import Failure, Screen
@@ -71,6 +71,7 @@ def segment(config: RunConfig, inputs: Inputs, screen: Screen, fingerprint: str)
             partial(segment_well, context),
             num_cpus=config.resources.segment_cpus,
             num_gpus=config.resources.segment_gpus,
+            attempts=config.resources.attempts,
         ),
         config.max_failed_share,
     )
@@ -184,7 +185,9 @@ def _attempt(context: _Context, calibration: Calibration, key: SiteKey, url: str
         return Failure(str(key), "unreadable", str(error))
     except SiteError as error:
         return Failure(str(key), error.fault, f"{url}: {error}")
-    except Exception as error:  # whatever it is, it is recorded with its site
+    except Exception as error:  # whatever else it is, it is recorded with its site
+        if is_passing(error) or is_disk_full(error) or isinstance(error, StoreError):
+            raise
         return Failure(str(key), type(error).__name__, f"{url}: {error}")
     quality = _quality_table(key, site, form.channels)
     return _Done(_cells_table(key, site), quality, site.clips, site.ranges, site.frames.tolist())
@@ -259,7 +262,9 @@ def _calibrate_plates(config: RunConfig, inputs: Inputs, screen: Screen, forms: 
     assert config.segment is not None, "as in segment"
     done = screen.done_units("segment") - screen.failed_units("segment")
     unfinished = {well.plate for well in inputs.wells if well not in done}
-    calibrate_one = ray.remote(num_cpus=config.resources.segment_cpus)(_calibrate_plate)
+    calibrate_one = ray.remote(
+        num_cpus=config.resources.segment_cpus, max_retries=config.resources.attempts, retry_exceptions=[StoreError]
+    )(_calibrate_plate)
     tasks = [
         calibrate_one.remote(config.segment, plate, _wells_of(plate, inputs), forms[plate.name], screen)
         for plate in inputs.plates.values()
@@ -284,7 +289,9 @@ def _calibrate_plate(config: SegmentConfig, plate: Plate, wells: list[str], form
         # One thread here too: a plate holds one frame at a time.
         with dask.config.set(scheduler="synchronous"):
             found = calibrate(_sample(config, plate, wells, form), config.illumination, percentiles)
-    except InputError:
+    except InputError as error:
+        if is_passing(error):
+            raise
         # Nothing of the sample can be used: its wells will say so one by one, and other plates go on.
         return
     stored = _stored(found)
@@ -365,13 +372,20 @@ def _spread(wells: Sequence[str], n: int) -> list[str]:
 
 def _images(plate: Plate, well: str) -> Iterator[SiteImage]:
     """The sites of a well that can be opened, opened when they are asked for."""
+    with _unless_unusable():
+        for url in plate.sites(well).values():
+            with _unless_unusable():
+                yield open_site(url)
+
+
+@contextmanager
+def _unless_unusable() -> Iterator[None]:
+    """Go past what cannot be used, but not past a store that does not answer for now."""
     try:
-        urls = plate.sites(well).values()
-    except InputError:
-        return
-    for url in urls:
-        with suppress(InputError):
-            yield open_site(url)
+        yield
+    except InputError as error:
+        if is_passing(error):
+            raise
 
 
 # --- tables ----------------------------------------------------------------------------------

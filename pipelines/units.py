@@ -1,22 +1,35 @@
-"""Running a stage's units of work through Ray Data: resumable, with failures recorded and counted."""
+"""Running a stage's units of work through Ray Data: resumable, with failures tried again, recorded and counted."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import ray
+from ray.exceptions import RayError, RayTaskError
+from ray.util.annotations import RayDeprecationWarning
 
-from pipelines.progress import progress
-from storage_schemas.errors import InputError
+from pipelines.progress import console, progress
+from storage_schemas.errors import InputError, StoreError, is_disk_full
 from storage_schemas.keys import WellKey
 from storage_schemas.screen import Failure, Screen
 
 Counts = dict[str, int]
+UnitStage = Literal["segment", "embed"]
 
 # Blocks are what Ray schedules; more than this many cost more than the balance they buy.
 _MAX_BLOCKS = 4096
+_PAUSE = 2.0  # seconds before a unit is tried the second time; each time after that twice as long
+_LONGEST_PAUSE = 60.0
+_EXECUTOR = "ray.data._internal.execution.streaming_executor_state"  # where Ray Data logs the tasks that it has lost
+
+LOST = "lost worker"
+"""The kind of failure of a unit whose worker died each time that it was tried."""
 
 
 class StageError(InputError):
@@ -34,6 +47,7 @@ class Work:
         num_cpus: that a task or actor asks for.
         num_gpus: likewise.
         actors: how many, for a class.
+        attempts: how often a unit is tried whose worker dies or whose store does not answer.
     """
 
     function: Callable[..., Any]
@@ -41,18 +55,15 @@ class Work:
     num_cpus: float = 1.0
     num_gpus: float = 0.0
     actors: int = 1
+    attempts: int = 4
 
 
-def run_units(
-    screen: Screen,
-    stage: Literal["segment", "embed"],
-    units: Sequence[WellKey],
-    work: Work,
-    max_failed_share: float,
-) -> None:
+def run_units(screen: Screen, stage: UnitStage, units: Sequence[WellKey], work: Work, max_failed_share: float) -> None:
     """Do all units that are not done yet, and again those of which a part has failed.
 
-    A unit that raises is recorded in the screen's folder and the others go on; it is tried again by the next run.
+    A unit that raises is recorded in the screen's folder and the others go on; it is tried again by the next run. One
+    that is not to blame, since its worker died, its node went or its store did not answer, is tried again
+    by this run, once the others have been tried and after a pause; after so many attempts it is recorded as well.
 
     Args:
         screen: whose listing says what is done.
@@ -62,45 +73,132 @@ def run_units(
         max_failed_share: of ``units``; one of which only a part fails counts by its share.
 
     Raises:
-        StageError: when more has failed than allowed.
+        StageError: when more has failed than allowed, or nothing can be written any more.
     """
     done = screen.done_units(stage) - screen.failed_units(stage)
     left = [unit for unit in units if unit not in done]
-    failed = 0.0
-    n_failed = 0
     with progress(stage, len(units), "wells") as advance:
+        tally = _Tally(screen, stage, len(units), max_failed_share, advance)
         for _ in range(len(units) - len(left)):
             advance()
-        for outcome in _outcomes(screen, stage, left, work):
-            failed += outcome["failed_share"]
-            n_failed += outcome["failed_share"] > 0
-            advance(f"{n_failed} failed" if n_failed else "")
-            if failed > max_failed_share * len(units):
-                last = screen.failures(stage, WellKey.parse(outcome["unit"]))[-1]
+        for attempt in range(1, work.attempts + 1):
+            again = _try(screen, stage, left, work, tally)
+            left = list(again)
+            if not left:
+                return
+            if attempt < work.attempts:
+                pause = min(_PAUSE * 2 ** (attempt - 1), _LONGEST_PAUSE)
+                why = next(iter(again.values())).message
+                console.print(f"{stage}: {len(left)} well(s) to be tried again in {pause:.0f} s: {why}", soft_wrap=True)
+                time.sleep(pause)
+        for unit, failure in again.items():
+            message = f"tried {work.attempts} times: {failure.message}"
+            screen.write_failures(stage, unit, [Failure(str(unit), failure.kind, message)])
+            tally.add(unit, 1.0)
+
+
+@dataclass
+class _Tally:
+    """How many units have failed, and whether that is too many."""
+
+    screen: Screen
+    stage: UnitStage
+    units: int
+    max_failed_share: float
+    advance: Callable[[str], None]
+    failed: float = 0.0
+    n_failed: int = 0
+
+    def add(self, unit: WellKey, failed_share: float) -> None:
+        """Count one unit.
+
+        Raises:
+            StageError: if it is one too many.
+        """
+        self.failed += failed_share
+        self.n_failed += failed_share > 0
+        self.advance(f"{self.n_failed} failed" if self.n_failed else "")
+        if self.failed > self.max_failed_share * self.units:
+            last = self.screen.failures(self.stage, unit)[-1]
+            raise StageError(
+                f"{self.stage}: {self.n_failed} of {self.units} wells failed, wholly or in part, more than "
+                f"max_failed_share={self.max_failed_share} allows; the last: {last.unit}: {last.message}"
+            )
+
+
+def _try(
+    screen: Screen, stage: UnitStage, units: Sequence[WellKey], work: Work, tally: _Tally
+) -> dict[WellKey, Failure]:
+    """Try each unit once; those that are to be tried again, and why."""
+    again: dict[WellKey, Failure] = {}
+    open_ = dict.fromkeys(units)
+    with _lost_tasks() as lost:
+        for outcome in _outcomes(screen, stage, units, work):
+            unit = WellKey.parse(outcome["unit"])
+            del open_[unit]
+            if outcome["state"] == "stop":
                 raise StageError(
-                    f"{stage}: {n_failed} of {len(units)} wells failed, wholly or in part, more than "
-                    f"max_failed_share={max_failed_share} allows; the last: {last.unit}: {last.message}"
+                    f"{stage}: nothing can be written any more: {outcome['message']}; make room or mend the access, "
+                    "and say the same again: what is done is kept"
                 )
+            if outcome["state"] == "again":
+                again[unit] = Failure(str(unit), outcome["kind"], outcome["message"])
+            else:
+                tally.add(unit, outcome["failed_share"])
+    # Of these nothing was heard. The worker may have died after its commit, which the listing tells.
+    done = screen.done_units(stage) - screen.failed_units(stage) if open_ else set()
+    for unit in open_:
+        if unit in done:
+            tally.add(unit, 0.0)
+        else:
+            message = f"its worker was lost ({lost[-1] if lost else 'no reason is known'})"
+            again[unit] = Failure(str(unit), LOST, message)
+    return again
 
 
-def _outcomes(
-    screen: Screen, stage: Literal["segment", "embed"], units: Sequence[WellKey], work: Work
-) -> Iterator[dict[str, Any]]:
+def _outcomes(screen: Screen, stage: UnitStage, units: Sequence[WellKey], work: Work) -> Iterator[Mapping[str, Any]]:
     if not units:
         return
     rows = [{"unit": str(unit)} for unit in units]
     dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), _MAX_BLOCKS))
-    resources = {"num_cpus": work.num_cpus, "num_gpus": work.num_gpus}
-    if isinstance(work.function, type):
-        dataset = dataset.map(
-            _Actor,
-            fn_constructor_args=(screen, stage, work.function, work.arguments),
-            concurrency=work.actors,
-            **resources,
-        )
-    else:
-        dataset = dataset.map(_Attempt(screen, stage, work.function), **resources)
+    resources: dict[str, Any] = {"num_cpus": work.num_cpus, "num_gpus": work.num_gpus}
+    # Trying again is up to `run_units`, which counts: Ray by itself would try without end what uses up all memory.
+    # It has no other way to be told until these are to go, in 2.64.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated", RayDeprecationWarning)
+        if isinstance(work.function, type):
+            dataset = dataset.map(
+                _Actor,
+                fn_constructor_args=(screen, stage, work.function, work.arguments),
+                concurrency=work.actors,
+                max_task_retries=0,
+                **resources,
+            )
+        else:
+            dataset = dataset.map(_Attempt(screen, stage, work.function), max_retries=0, **resources)
+    dataset.context.max_errored_blocks = -1
     yield from dataset.iter_rows()
+
+
+@contextmanager
+def _lost_tasks() -> Iterator[list[str]]:
+    """Why tasks were lost while the block lasts; Ray Data goes on without them and says so in its log alone."""
+    reasons: list[str] = []
+
+    def note(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
+        if error is None:
+            return True
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        reasons.append(f"{type(cause).__name__}: {str(cause).strip().splitlines()[0] if str(cause).strip() else ''}")
+        return False
+
+    log = logging.getLogger(_EXECUTOR)
+    log.addFilter(note)
+    try:
+        yield reasons
+    finally:
+        log.removeFilter(note)
 
 
 @dataclass(frozen=True)
@@ -108,17 +206,41 @@ class _Attempt:
     """Does a unit; what it raises becomes a record, so that one bad well costs one well."""
 
     screen: Screen
-    stage: Literal["segment", "embed"]
+    stage: UnitStage
     function: Callable[[WellKey], float]
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        unit = WellKey.parse(row["unit"])
+        outcome = {"unit": row["unit"], "state": "done", "failed_share": 0.0, "kind": "", "message": ""}
         try:
-            failed_share = self.function(unit)
-        except Exception as error:  # whatever it is, it is recorded with its unit
-            failed_share = 1.0
+            return outcome | {"failed_share": self._share(WellKey.parse(row["unit"]))}
+        except Exception as error:
+            if not self._is_told(error):
+                raise
+            state = "again" if is_passing(error) else "stop"
+            return outcome | {"state": state, "kind": type(error).__name__, "message": str(error)}
+
+    def _share(self, unit: WellKey) -> float:
+        try:
+            return self.function(unit)
+        except Exception as error:  # whatever else it is, it is recorded with its unit
+            if self._is_told(error):
+                raise
             self.screen.write_failures(self.stage, unit, [Failure(str(unit), type(error).__name__, str(error))])
-        return {"unit": row["unit"], "failed_share": failed_share}
+            return 1.0
+
+    def _is_told(self, error: Exception) -> bool:
+        """Whether it is for the driver to say what follows, and no record is to be written."""
+        return is_passing(error) or self._ends_all(error)
+
+    def _ends_all(self, error: Exception) -> bool:
+        """Whether no other unit could be written either."""
+        ours = isinstance(error, StoreError) and error.lasting and error.path.startswith(self.screen.url)
+        return ours or is_disk_full(error)
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether an error says nothing of the unit that met it: it may be gone when the unit is tried again."""
+    return (isinstance(error, StoreError) and not error.lasting) or isinstance(error, RayError)
 
 
 class _Actor:
@@ -127,7 +249,7 @@ class _Actor:
     def __init__(
         self,
         screen: Screen,
-        stage: Literal["segment", "embed"],
+        stage: UnitStage,
         factory: Callable[..., Callable[[WellKey], float]],
         arguments: tuple[Any, ...],
     ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from functools import partial
 
 
@@ -44,3 +45,8 @@ class StoreError(InputError):
 
     def __reduce__(self) -> tuple[partial[StoreError], tuple[str, str]]:
         return partial(type(self), lasting=self.lasting), (self.path, self.problem)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a disk, or what a user may have of it, is used up."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import errno
+import os
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +11,7 @@ import pytest
 
 from pipelines.units import StageError, Work, run_units
 from storage_schemas import store
-from storage_schemas.errors import SchemaError
+from storage_schemas.errors import SchemaError, StoreError
 from storage_schemas.keys import WellKey
 from storage_schemas.screen import Failure, Screen
 
@@ -153,3 +156,112 @@ def test_an_actor_is_made_once_and_does_all_its_units(screen: Screen, tmp_path: 
     assert screen.done_units("embed") == set(WELLS) - {BAD}
     assert [failure.unit for failure in screen.failures("embed")] == [str(BAD)]
     assert screen.failures("segment") == []
+
+
+# --- what is no fault of the unit -------------------------------------------------------------
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pauses between attempts."""
+    monkeypatch.setattr("pipelines.units._PAUSE", 0.0)
+
+
+def make_trouble(screen: Screen, log: Path, trouble: str, times: int) -> Callable[[WellKey], float]:
+    """A stage in which BAD loses its worker or its store so many times before it is done."""
+
+    def stage(well: WellKey) -> float:
+        with log.open("a") as file:
+            file.write(f"{well}\n")
+        if well == BAD and log.read_text().split().count(str(BAD)) <= times:
+            if trouble == "store":
+                raise StoreError(f"{well}.zarr", "does not answer")
+            os.kill(os.getpid(), signal.SIGKILL)
+        screen.write_failures("segment", well, [])
+        store.write_bytes(screen.cells(well), b"cells")
+        return 0.0
+
+    return stage
+
+
+TROUBLES = pytest.mark.parametrize(
+    ("trouble", "kind", "message"),
+    [
+        ("worker", "lost worker", "tried 3 times: its worker was lost (WorkerCrashedError: "),
+        ("store", "StoreError", f"tried 3 times: {BAD}.zarr: does not answer"),
+    ],
+)
+
+
+@TROUBLES
+def test_passing_trouble_costs_an_attempt(
+    screen: Screen, tmp_path: Path, quick: None, trouble: str, kind: str, message: str
+) -> None:
+    log = tmp_path / "log"
+    run_units(screen, "segment", WELLS, Work(make_trouble(screen, log, trouble, 2), attempts=3), 0)
+    assert attempts(log) == sorted([*map(str, WELLS), str(BAD), str(BAD)])
+    assert screen.done_units("segment") == set(WELLS)
+    assert screen.failures("segment") == []
+
+
+@TROUBLES
+def test_lasting_trouble_is_recorded_and_costs_one_unit(
+    screen: Screen, tmp_path: Path, quick: None, trouble: str, kind: str, message: str
+) -> None:
+    log = tmp_path / "log"
+    run_units(screen, "segment", WELLS, Work(make_trouble(screen, log, trouble, 99), attempts=3), 0.5)
+    assert attempts(log) == sorted([*map(str, WELLS), str(BAD), str(BAD)])
+    assert screen.done_units("segment") == set(WELLS) - {BAD}
+    (failure,) = screen.failures("segment")
+    assert (failure.unit, failure.kind) == (str(BAD), kind)
+    assert failure.message.startswith(message)
+    with pytest.raises(StageError, match="1 of 6 wells failed"):
+        run_units(screen, "segment", WELLS, Work(make_trouble(screen, log, trouble, 99), attempts=1), 0)
+
+
+def test_worker_lost_after_the_commit_has_done_its_unit(screen: Screen, tmp_path: Path, quick: None) -> None:
+    log = tmp_path / "log"
+    commit = make_stage(screen, log, set())
+
+    def stage(well: WellKey) -> float:
+        share = commit(well)
+        if well == BAD:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return share
+
+    run_units(screen, "segment", WELLS, Work(stage), 0)
+    assert attempts(log) == [str(well) for well in WELLS]
+    assert screen.done_units("segment") == set(WELLS)
+
+
+def test_lost_actor_is_made_anew(screen: Screen, tmp_path: Path, quick: None) -> None:
+    trouble = make_trouble(screen, tmp_path / "log", "worker", 2)
+
+    class Worker:
+        def __call__(self, well: WellKey) -> float:
+            return trouble(well)
+
+    run_units(screen, "segment", WELLS, Work(Worker), 0)
+    assert screen.done_units("segment") == set(WELLS)
+    assert screen.failures("segment") == []
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_where_nothing_can_be_written_the_stage_stops_at_once(screen: Screen, full: bool) -> None:
+    def stage(well: WellKey) -> float:
+        url = screen.cells(well)
+        raise OSError(errno.ENOSPC, "No space left", url) if full else StoreError(url, "access denied", lasting=True)
+
+    with pytest.raises(StageError, match=r"nothing can be written any more: .*cells/p1/"):
+        run_units(screen, "segment", WELLS, Work(stage), 1)
+    assert screen.failures("segment") == []
+
+
+def test_source_that_stays_away_is_a_failure_of_its_units(screen: Screen, tmp_path: Path) -> None:
+    """Access to one plate may be denied, and others go on."""
+
+    def stage(well: WellKey) -> float:
+        raise StoreError("elsewhere/p1.zarr", "access denied", lasting=True)
+
+    run_units(screen, "segment", WELLS[:1], Work(stage), 1)
+    assert [failure.message for failure in screen.failures("segment")] == ["elsewhere/p1.zarr: access denied"]
