@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import tokenize
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,15 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage_schemas.errors import InputError
+from storage_schemas.parquet import claims
 
 MAX_ROWS = 1000
 """Vectors in one file: each is a question of its own."""
 MAX_NUMBERS = 2**24
 """Numbers in one file, once it is decompressed: a Parquet table of a few KB may claim as many as it likes."""
 
-# What a page may be, and the field of its header that says first how many numbers it has; parquet.thrift lists them.
-_DICTIONARY_PAGE = 2
-_NUMBERED_PAGES = {0: 5, _DICTIONARY_PAGE: 7, 3: 8}
 _VECTOR_COLUMNS = ("embedding", "profile", "vector")
 
 
@@ -66,90 +64,10 @@ def _check_numbers(n: int, most: int) -> None:
         raise InputError(f"the file holds {n:,} numbers; at most {most:,} are taken")
 
 
-def _numbers(content: bytes, metadata: pq.FileMetaData, name: str) -> int:
+def _numbers(content: bytes, file: pq.ParquetFile, name: str) -> int:
     """How many numbers a column may become in memory, however small its file is, and whatever its footer says."""
-    numbers = size = 0
-    for group in map(metadata.row_group, range(metadata.num_row_groups)):
-        for column in map(group.column, range(group.num_columns)):
-            if column.path_in_schema.partition(".")[0] == name:
-                of_pages, size_of_pages = _of_pages(content, column)
-                numbers += max(column.num_values, of_pages)
-                size += max(column.total_uncompressed_size, size_of_pages)
-    return max(numbers, size // 8)
-
-
-def _of_pages(content: bytes, column: pq.ColumnChunkMetaData) -> tuple[int, int]:
-    """Numbers and bytes that the headers of a column's pages claim, of the pages that a reader would read."""
-    numbers = size = seen = 0
-    at = min(column.data_page_offset, column.dictionary_page_offset or column.data_page_offset)
-    stream = io.BytesIO(content)
-    while seen < column.num_values:
-        stream.seek(at)
-        page = _thrift(stream)
-        kind, unpacked, packed = (page.numbers.get(i, -1) for i in (1, 2, 3))
-        within = {i: page.structs[i].numbers.get(1, -1) for i in _NUMBERED_PAGES.values() if i in page.structs}
-        # What has no such header, an index, holds no numbers.
-        here = within.get(_NUMBERED_PAGES.get(kind, 0), 0)
-        if min(unpacked, packed, here) < 0 or stream.tell() + packed > len(content):
-            raise InputError("the Parquet table cannot be read: a page is truncated or damaged")
-        numbers += here
-        size += unpacked
-        seen += here if kind != _DICTIONARY_PAGE else 0
-        at = stream.tell() + packed
-    return numbers, size
-
-
-class _Struct(NamedTuple):
-    """The fields of a Thrift struct that are 32-bit integers or structs themselves, by their number."""
-
-    numbers: dict[int, int]
-    structs: dict[int, _Struct]
-
-
-def _thrift(stream: io.BytesIO, depth: int = 0) -> _Struct:
-    """A struct in Thrift's compact protocol, as far as the header of a Parquet page needs it.
-
-    Raises:
-        InputError: for anything that such a header does not have.
-    """
-    found = _Struct({}, {})
-    field = 0
-    while head := _byte(stream):
-        field = field + (head >> 4) if head >> 4 else _integer(stream)
-        kind = head & 15
-        if kind == 5:
-            found.numbers[field] = _integer(stream)
-        elif kind in (4, 6):
-            _integer(stream)
-        elif kind == 8:
-            stream.seek(_varint(stream), io.SEEK_CUR)
-        elif kind == 12 and depth < 4:
-            found.structs[field] = _thrift(stream, depth + 1)
-        elif kind not in (1, 2):
-            raise InputError("the Parquet table cannot be read: the header of a page is damaged")
-    return found
-
-
-def _byte(stream: io.BytesIO) -> int:
-    read = stream.read(1)
-    if not read:
-        raise InputError("the Parquet table cannot be read: it ends within the header of a page")
-    return read[0]
-
-
-def _varint(stream: io.BytesIO) -> int:
-    value = 0
-    for shift in range(0, 70, 7):
-        byte = _byte(stream)
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value
-    raise InputError("the Parquet table cannot be read: the header of a page is damaged")
-
-
-def _integer(stream: io.BytesIO) -> int:
-    value = _varint(stream)
-    return (value >> 1) ^ -(value & 1)
+    found = claims("the file", io.BytesIO(content), file, [name]).values()
+    return max(sum(numbers for numbers, _ in found), sum(size for _, size in found) // 8)
 
 
 def _read_npy(content: bytes, max_rows: int, max_numbers: int) -> npt.NDArray[Any]:
@@ -187,7 +105,7 @@ def _read_parquet(content: bytes, max_rows: int, max_numbers: int) -> npt.NDArra
         is_list = pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind)
         if not is_list or not pa.types.is_floating(kind.value_type):
             raise InputError(f"the column {names[0]!r} holds {kind}; expected lists of floating-point numbers")
-        _check_numbers(_numbers(content, file.metadata, names[0]), max_numbers)
+        _check_numbers(_numbers(content, file, names[0]), max_numbers)
         column = file.read(columns=names[:1]).column(0).combine_chunks()
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"the Parquet table cannot be read: {error}") from error

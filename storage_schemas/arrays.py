@@ -13,7 +13,7 @@ from zarr.abc.store import Store
 from zarr.codecs import BloscCodec, BloscShuffle, Crc32cCodec
 from zarr.storage import FsspecStore, LocalStore
 
-from storage_schemas import store
+from storage_schemas import codecs, store
 from storage_schemas.errors import SchemaError
 
 # Fast to decode and, by the bit shuffle, small on 16-bit planes, which plain lz4 hardly shrinks. Blosc itself
@@ -46,10 +46,12 @@ def open_array(url: str) -> zarr.Array[Any]:
     """An existing zarr array, v2 or v3, for reading.
 
     Raises:
-        SchemaError: if there is none.
+        SchemaError: if there is none, or it is written in a way that is not let in (see :mod:`storage_schemas.codecs`).
     """
     try:
-        return zarr.open_array(zarr_store(url, read_only=True), mode="r")
+        return codecs.guarded(url, zarr.open_array(zarr_store(url, read_only=True), mode="r"))
+    except SchemaError:
+        raise
     except Exception as error:
         raise SchemaError(url, f"is not a readable Zarr array ({_first_line(error)})") from error
 
@@ -58,8 +60,9 @@ def read(url: str, array: zarr.Array[Any], selection: Any) -> NDArray[Any]:
     """Part of an array, orthogonally indexed.
 
     Raises:
-        SchemaError: if a chunk is truncated, corrupt or out of reach.
+        SchemaError: if a chunk is truncated, corrupt or out of reach, or more is asked for than memory holds.
     """
+    codecs.check_selection(url, array, selection)
     try:
         return np.asarray(array.oindex[selection])
     except Exception as error:

@@ -200,10 +200,12 @@ def open_site(url: str) -> SiteImage:
         axis_entries = [a if isinstance(a, dict) else {"name": a} for a in scales[0]["axes"]]
         axes = "".join(str(entry["name"]) for entry in axis_entries)
         dataset = scales[0]["datasets"][0]
-        level_url = store.join(url, str(dataset["path"]))
+        path = str(dataset["path"])
         scale = _scale(dataset, len(axes))
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise SchemaError(url, f"its 'multiscales' metadata is incomplete: {error!r}") from error
+    # A path out of the image, or a URL in its place, would read what the plate's metadata choose.
+    level_url = store.join(url, *(_named_in(url, check_name, part, "dataset") for part in path.split("/")))
     if not re.fullmatch("t?c?z?yx", axes):
         raise SchemaError(url, f"has axes {axes!r}; expected t, c, z, y, x in this order")
     array = arrays.open_array(level_url)

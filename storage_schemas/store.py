@@ -20,7 +20,9 @@ import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
+from storage_schemas import npz
 from storage_schemas.errors import InputError, SchemaError
+from storage_schemas.limits import check_size
 
 
 def filesystem(url: str) -> tuple[Any, str]:
@@ -88,10 +90,12 @@ def read_bytes(url: str) -> bytes:
     """The whole content of a file.
 
     Raises:
-        SchemaError: if the file is missing or cannot be read.
+        SchemaError: if the file is missing or cannot be read, or no memory holds it.
     """
     fs, path = filesystem(url)
     try:
+        if isinstance(fs, LocalFileSystem):
+            check_size(url, "the file", fs.size(path))
         return bytes(fs.cat_file(path))
     except FileNotFoundError as error:
         raise SchemaError(url, "no such file") from error
@@ -139,7 +143,7 @@ def read_json(url: str) -> Any:
     """
     try:
         return json.loads(read_bytes(url))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:  # the last of what is nested too deep
         raise SchemaError(url, f"is not JSON ({error})") from error
 
 
@@ -153,12 +157,14 @@ def read_npz(url: str) -> dict[str, NDArray[Any]]:
     """All arrays of an ``.npz`` file, by name.
 
     Raises:
-        SchemaError: if the file is missing, truncated, or holds pickled objects instead of numbers.
+        SchemaError: if the file is missing, truncated, holds pickled objects instead of numbers, or would take more
+            memory than a read may.
     """
-    data = io.BytesIO(read_bytes(url))
+    data = read_bytes(url)
     try:
-        with np.lib.npyio.NpzFile(data, own_fid=True, allow_pickle=False) as stored:
-            return dict(stored)
+        return npz.read_arrays(url, data)
+    except SchemaError:
+        raise
     except Exception as error:  # zip, zlib and the array headers have errors of their own
         raise SchemaError(url, f"is not a readable .npz file ({error})") from error
 

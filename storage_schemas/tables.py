@@ -6,25 +6,30 @@ checks them again, so that a file of another form, version or run is an error th
 
 from __future__ import annotations
 
-import gzip
 import io
 import json
+import zipfile
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
 import numpy as np
+import openpyxl
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from storage_schemas import store
+from storage_schemas import parquet, store
 from storage_schemas.errors import InputError, SchemaError
 from storage_schemas.keys import canonical_well, check_name
+from storage_schemas.limits import check_size, inflate
 
 _METADATA_KEY = b"screening"
 _GROUP_BYTES = 2**24
+# Of tables that users write, such as plate maps: beyond what anyone has, and still a few GB in memory.
+_MAX_TEXT = 2**28  # bytes
+_MAX_CELLS = 2**25
 
 ROLES = ("treatment", "negative_control", "positive_control")
 
@@ -558,6 +563,10 @@ def open_vectors(url: str, form: TableForm, column: str) -> tuple[pa.Table, NDAr
             file = pq.ParquetFile(source)
             _check_mark(url, file.schema_arrow, form)
             dimension = form.schema.field(column).type.list_size
+            if store.is_local(url):
+                # Elsewhere each look at a page is a request.
+                parquet.check_claims(url, source, file, file.schema_arrow.names)
+            check_size(url, f"column {column!r}", file.metadata.num_rows * dimension * 4)
             values = np.empty((file.metadata.num_rows, dimension), np.float32)
             others, start = [], 0
             for group in range(file.num_row_groups):
@@ -567,9 +576,13 @@ def open_vectors(url: str, form: TableForm, column: str) -> tuple[pa.Table, NDAr
                     values[start : start + len(chunk)] = flat.reshape(len(chunk), dimension)
                     start += len(chunk)
                 others.append(table.drop_columns(column))
+            if start != len(values):
+                raise SchemaError(url, f"has {start:,} rows and says that it has {len(values):,}: it is damaged")
     except FileNotFoundError as error:
         raise SchemaError(url, "no such file") from error
-    except (pa.ArrowException, OSError) as error:
+    except InputError:
+        raise
+    except (pa.ArrowException, OSError, ValueError) as error:  # the last of parts that do not fit together
         raise SchemaError(url, f"is not a readable Parquet file of form {form.name!r} ({error})") from error
     return pa.concat_tables(others), values
 
@@ -586,12 +599,9 @@ def open_table(url: str, form: TableForm, columns: list[str] | None = None, fing
     Raises:
         SchemaError: if the file is missing, not Parquet, or of another form, version or run.
     """
-    data = store.read_bytes(url)
+    data = io.BytesIO(store.read_bytes(url))
     try:
-        file = pq.ParquetFile(io.BytesIO(data))
-        # Pages are read only once the columns are known to be there.
-        names = file.schema_arrow.names if columns is None else [n for n in columns if n in file.schema_arrow.names]
-        table = file.read(names).select(names)
+        table = parquet.read_table(url, data, columns)
     except (pa.ArrowException, OSError) as error:
         raise SchemaError(url, f"is not a readable Parquet file of form {form.name!r} ({error})") from error
     mark = _check_mark(url, table.schema, form)
@@ -640,20 +650,25 @@ def vector_dimension(url: str, column: str) -> int:
 def table_mark(content: bytes) -> dict[str, object] | None:
     """What a Parquet file says of itself: form, version and fingerprint; None where no screen has written it."""
     try:
-        raw = (pq.read_schema(pa.BufferReader(content)).metadata or {}).get(_METADATA_KEY)
+        return _mark(pq.read_schema(pa.BufferReader(content)))
+    except (pa.ArrowException, OSError):
+        return None
+
+
+def _mark(schema: pa.Schema) -> dict[str, object] | None:
+    raw = (schema.metadata or {}).get(_METADATA_KEY)
+    try:
         mark = None if raw is None else json.loads(raw)
-    except (pa.ArrowException, OSError, ValueError):
+    except (ValueError, RecursionError):
         return None
     return mark if isinstance(mark, dict) else None
 
 
 def _check_mark(url: str, schema: pa.Schema, form: TableForm) -> dict[str, object]:
     """What a file says of itself, which must be the form that is expected."""
-    raw = (schema.metadata or {}).get(_METADATA_KEY)
-    if raw is None:
+    mark = _mark(schema)
+    if mark is None:
         raise SchemaError(url, "was not written by screening (its mark is missing)")
-    mark = json.loads(raw)
-    assert isinstance(mark, dict)
     if (mark.get("form"), mark.get("version")) != (form.name, form.version):
         raise SchemaError(
             url,
@@ -698,7 +713,7 @@ def read_user_table(url: str, sheet: str | None = None) -> pd.DataFrame:
     name = url.lower()
     try:
         if name.endswith((".csv", ".csv.gz", ".tsv", ".tsv.gz", ".txt")):
-            cells = _read_text(data)
+            cells = _read_text(url, data)
         elif name.endswith(".parquet"):
             cells = _read_parquet(url, data)
         elif name.endswith(".xlsx"):
@@ -722,8 +737,10 @@ def read_user_table(url: str, sheet: str | None = None) -> pd.DataFrame:
     return frame
 
 
-def _read_text(data: bytes) -> pd.DataFrame:
-    content = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
+def _read_text(url: str, data: bytes) -> pd.DataFrame:
+    content = inflate(url, data, _MAX_TEXT) if data.startswith(b"\x1f\x8b") else data
+    if len(content) > _MAX_TEXT:
+        raise SchemaError(url, f"has {len(content):,} bytes of text; at most {_MAX_TEXT:,} are read as a table")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -742,17 +759,36 @@ def _read_text(data: bytes) -> pd.DataFrame:
 
 
 def _read_xlsx(url: str, data: bytes, sheet: str | None) -> pd.DataFrame:
+    _check_workbook(url, data)
     with pd.ExcelFile(io.BytesIO(data), engine="openpyxl") as book:
         if sheet is not None and sheet not in book.sheet_names:
             raise SchemaError(url, f"has no sheet {sheet!r}; its sheets are {book.sheet_names}")
         return pd.read_excel(book, sheet_name=sheet or 0, header=None, dtype=str, keep_default_na=False)
 
 
+def _check_workbook(url: str, data: bytes) -> None:
+    """Refuse a workbook that unpacks to too much, or whose sheets claim more cells than anyone has filled in."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        size = sum(part.file_size for part in archive.infolist())
+    if size > _MAX_TEXT:
+        raise SchemaError(url, f"becomes {size:,} bytes when it is unpacked; at most {_MAX_TEXT:,} are read as a table")
+    with closing(openpyxl.load_workbook(io.BytesIO(data), read_only=True, data_only=True)) as book:
+        for sheet in book.worksheets:
+            n_cells = 0
+            for row in sheet.iter_rows(values_only=True):
+                n_cells += len(row)
+                if n_cells > _MAX_CELLS:
+                    raise SchemaError(url, f"sheet {sheet.title!r} has more than {_MAX_CELLS:,} cells, empty ones too")
+
+
 def _read_parquet(url: str, data: bytes) -> pd.DataFrame:
-    table = pq.read_table(io.BytesIO(data))
-    nested = [field.name for field in table.schema if pa.types.is_nested(field.type)]
+    schema = pq.read_schema(io.BytesIO(data))
+    nested = [field.name for field in schema if pa.types.is_nested(field.type)]
     if nested:
         raise SchemaError(url, f"columns {nested} hold lists or structures; expected one value a cell")
+    table = parquet.read_table(url, io.BytesIO(data))
+    if table.num_rows * table.num_columns > _MAX_CELLS:
+        raise SchemaError(url, f"has {table.num_rows:,} rows; tables of more than {_MAX_CELLS:,} cells are not read")
     frame: pd.DataFrame = table.to_pandas(ignore_metadata=True).astype(object)
     header = pd.DataFrame([table.column_names], columns=frame.columns)
     return pd.concat([header, frame], ignore_index=True)
