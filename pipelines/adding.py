@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from pydantic import ConfigDict
 
-from pipelines.cluster import cluster, usable_cpus
+from pipelines.cluster import cluster, embedding_cpus
 from pipelines.config import ResourcesConfig, RunConfig
 from pipelines.embed import EmbedContext, EmbedWells
 from pipelines.indexing import (
@@ -213,9 +213,9 @@ def _embed(screen: Screen, target: Screen, made_by: str, cpus: int | None) -> No
     mapped = set(well_keys(open_table(target.plate_map, PLATE_MAP).to_pandas()))
     wells = sorted(target.done_units("segment") & mapped)
     with cluster(resources):
-        usable = usable_cpus(resources)
-        context = EmbedContext(target, settings.embed, made_by, max(1, int(usable)), screen.checkpoint)
-        work = Work(EmbedWells, (context,), num_cpus=min(1.0, usable))
+        actor = embedding_cpus(resources)
+        context = EmbedContext(target, settings.embed, made_by, actor.threads, screen.checkpoint)
+        work = Work(EmbedWells, (context,), num_cpus=actor.asked)
         run_units(target, "embed", wells, work, settings.max_failed_share)
     write_raw(target, read_cells(target, wells), profiles_config(screen).aggregate, made_by)
 

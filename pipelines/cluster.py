@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -122,13 +123,16 @@ def check_room(resources: ResourcesConfig) -> None:
         return
     there = ray.cluster_resources()
     cpus, gpus = there.get("CPU", 0.0), there.get("GPU", 0.0)
+    memory = there.get("memory", 0.0) / 2**20
     workers = resources.train_workers
     readers = READER_CPUS * resources.train_readers * workers
     wanted = {
         "segment_cpus": (resources.segment_cpus, cpus, "CPUs"),
         "segment_gpus": (resources.segment_gpus, gpus, "GPUs"),
-        "train_readers": (readers + worker_cpus(cpus, workers) * workers, cpus, "CPUs, with the training workers,"),
-        "train_memory_mb": (resources.train_memory_mb * workers, there.get("memory", 0.0) / 2**20, "MiB of memory"),
+        "train_readers": (readers + training_cpus(resources).asked * workers, cpus, "CPUs, with the training workers,"),
+        "segment_memory_mb": (resources.segment_memory_mb, memory, "MiB of memory"),
+        "embed_memory_mb": (resources.embed_memory_mb * resources.embed_actors, memory, "MiB of memory"),
+        "train_memory_mb": (resources.train_memory_mb * workers, memory, "MiB of memory"),
         "train_gpus": (resources.train_gpus * workers, gpus, "GPUs"),
         "embed_gpus": (resources.embed_gpus * resources.embed_actors, gpus, "GPUs"),
     }
@@ -137,15 +141,54 @@ def check_room(resources: ResourcesConfig) -> None:
             raise InputError(f"resources.{name} asks for {asked:g} {what} and there are {room:g}; set it lower")
 
 
+@dataclass(frozen=True)
+class ActorCpus:
+    """The CPUs of each of several actors that compute side by side.
+
+    Attributes:
+        asked: that Ray is to set aside for it.
+        threads: that it computes with.
+    """
+
+    asked: float
+    threads: int
+
+
+def embedding_cpus(resources: ResourcesConfig) -> ActorCpus:
+    """The CPUs of an actor that embeds; on a GPU it only feeds."""
+    share = usable_cpus(resources) / resources.embed_actors
+    return _actor_cpus(resources, resources.embed_cpus, share, share)
+
+
+def training_cpus(resources: ResourcesConfig) -> ActorCpus:
+    """The CPUs of a training worker: where CPUs are few it asks for so few that all find room on half of the nodes."""
+    share = usable_cpus(resources) / resources.train_workers
+    return _actor_cpus(resources, resources.train_cpus, share, 0.25 * share)
+
+
+def _actor_cpus(resources: ResourcesConfig, wanted: float, share: float, most: float) -> ActorCpus:
+    """What is wanted, or as much of it as there can be at most.
+
+    A cluster has as few CPUs as happen to be up and may grow: there is no most of it, unless the run is told one.
+    """
+    asked = wanted if cluster_address() and resources.cpus is None else min(wanted, most)
+    return ActorCpus(asked, max(1, int(max(share, asked))))
+
+
 def usable_cpus(resources: ResourcesConfig) -> float:
-    """CPUs that a run may count on: the cluster's, or fewer where it is told so, as when runs share a cluster."""
-    there: float = ray.cluster_resources().get("CPU", 1.0)
-    return min(there, resources.cpus or there)
+    """CPUs that a run may count on: as many as it is told, as when runs share a cluster, or else those that are up.
+
+    A cluster may come to have as many as it is told; what this machine has not it will not have.
+    """
+    there = cpus_up()
+    told = float(resources.cpus or there)
+    return told if cluster_address() else min(there, told)
 
 
-def worker_cpus(cpus: float, workers: int) -> float:
-    """CPUs that a training worker asks for: so few where there are few that all find room on half of the nodes."""
-    return min(1.0, 0.25 * cpus / workers)
+def cpus_up() -> float:
+    """CPUs of the nodes that are up now; a cluster that has yet to start its first worker counts as one."""
+    there: float = ray.cluster_resources().get("CPU", 0.0)
+    return there or 1.0
 
 
 @contextmanager

@@ -19,10 +19,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines import evaluate
+from pipelines import evaluate, events
 from pipelines.config import ConfigError, RunConfig, configuration_of, differences, override, with_cells_of
 from pipelines.inputs import Inputs, open_inputs
-from pipelines.progress import console
 from pipelines.run import is_done, run
 from pipelines.stage import do_stage
 from pipelines.train import identities
@@ -161,7 +160,7 @@ def _score_features(method: str, config: RunConfig, inputs: Inputs, screen: Scre
         "stages": {**before, "segment": segmented},
     }
     rival.write_manifest(manifest.model_copy(update=own))
-    console.print(f"{METHODS[method]}:", soft_wrap=True)
+    events.info("method", f"{METHODS[method]}:", method=method)
     # The split is that of the screen's training, whose record tells one from another.
     split_by = manifest.stages["train"].fingerprint
     mark = fingerprint(method, OUTPUT_VERSION, settings, segmented.output, split_by)
@@ -264,9 +263,9 @@ def _training_labels(keys: pd.DataFrame, split: pd.DataFrame) -> pd.Series[str]:
 
 def _train(config: RunConfig, rival: Screen) -> int:
     """Train and test the rival, unless that is done; how many wells failed."""
-    console.print(f"{METHODS['ide']}:", soft_wrap=True)
+    events.info("method", f"{METHODS['ide']}:", method="ide")
     if is_done(config, rival.url, _TRAINED):
-        console.print("train, embed, evaluate: done before")
+        events.info("done_before", "train, embed, evaluate: done before", stages=_TRAINED)
         return 0
     # The folder is this command's own: of a screen that has changed it keeps what does not depend on the change.
     return run(config, rival.url, _TRAINED, update=True)

@@ -103,12 +103,20 @@ class ResourcesConfig(Config):
     segment_gpus: float = Field(
         0.0, ge=0, description="GPUs that one well's segmentation asks for; only the method cellpose uses one"
     )
+    segment_memory_mb: int = Field(0, ge=0, description="MiB of memory that one well's segmentation asks for; 0: any")
     embed_actors: int = Field(1, ge=1, description="actors that hold the network and embed")
+    embed_cpus: float = Field(
+        1.0, gt=0, description="CPUs that one embedding actor asks for; where there are fewer an actor, fewer"
+    )
     embed_gpus: float = Field(0.0, ge=0, description="GPUs that one embedding actor asks for")
+    embed_memory_mb: int = Field(0, ge=0, description="MiB of memory that one embedding actor asks for; 0: any")
     train_workers: int = Field(1, ge=1, description="workers that train together")
     train_readers: int = Field(1, ge=1, description="actors that read and augment for one training worker")
     train_cache_mb: int = Field(
         512, ge=0, description="MiB of clips that each of them keeps in memory, to read them once"
+    )
+    train_cpus: float = Field(
+        1.0, gt=0, description="CPUs that one training worker asks for; where there are fewer than four a worker, fewer"
     )
     train_gpus: float = Field(0.0, ge=0, description="GPUs that one training worker asks for")
     train_memory_mb: int = Field(0, ge=0, description="MiB of memory that one training worker asks for; 0: any")

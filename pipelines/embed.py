@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from pipelines.cluster import usable_cpus
+from pipelines.cluster import embedding_cpus
 from pipelines.config import RunConfig
 from pipelines.inputs import Inputs
 from pipelines.units import Counts, Work, run_units
@@ -38,13 +38,13 @@ def embed_screen(config: RunConfig, inputs: Inputs, screen: Screen, fingerprint:
     segmented = screen.done_units("segment")
     units = [well for well in inputs.wells if well in segmented]
     actors = config.resources.embed_actors
-    cpus = usable_cpus(config.resources) / actors
-    context = EmbedContext(screen, config.embed, fingerprint, max(1, int(cpus)), screen.checkpoint)
+    cpus = embedding_cpus(config.resources)
+    context = EmbedContext(screen, config.embed, fingerprint, cpus.threads, screen.checkpoint)
     work = Work(
         EmbedWells,
         (context,),
         # An actor on a CPU computes on all that it is given; on a GPU it only feeds.
-        num_cpus=min(1.0, cpus),
+        num_cpus=cpus.asked,
         num_gpus=config.resources.embed_gpus,
         actors=actors,
         attempts=config.resources.attempts,

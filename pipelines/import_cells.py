@@ -19,8 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
+from pipelines import events
 from pipelines.inputs import annotation_identity, well_keys
-from pipelines.progress import console
 from pipelines.stage import do_stage
 from pipelines.units import Counts, StageError, Work, run_units
 from screening import mitoreid
@@ -114,7 +114,7 @@ def import_cells(
     write_table(screen.compounds, plan.compounds, COMPOUNDS)
 
     for note in plan.notes:
-        console.print(f"note: {note}", soft_wrap=True)
+        events.note(note)
 
     units = well_keys(plan.plate_map)
     context = _Context(source, config, plan.sequences, screen, mark)

@@ -13,7 +13,9 @@ from itertools import islice
 import pandas as pd
 import ray
 
-from pipelines.progress import console, progress
+from pipelines import events
+from pipelines.cluster import cpus_up
+from pipelines.progress import progress
 from pipelines.tiff import PlaneFile, SiteFiles, ZAxis, plane_info
 from screening.layouts import Channel, Grid, ImageXpressLayout, Layout, Metadata, Planes, grid, missing_planes, natural
 from screening.layouts import read as read_layout
@@ -246,15 +248,16 @@ class _Writer:
     def write(self) -> Counter[tuple[tuple[int, ...], tuple[str, ...]]]:
         sites: Counter[tuple[tuple[int, ...], tuple[str, ...]]] = Counter()
         task = ray.remote(num_cpus=1, max_retries=0)(_attempt)
-        # Enough that no CPU waits; no more, since a well to be replaced is missed from the moment it is handed out.
-        at_once = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
         waiting = iter([job for job in self._jobs if job.well not in self.kept])
         running: dict[ray.ObjectRef, _WellJob] = {}
         with progress("ingest", len(self._jobs), "wells") as advance:
             for _ in self.kept:
                 advance()
             while True:
-                for job in islice(waiting, at_once - len(running)):
+                # Enough that no CPU waits and that a cluster which can grow does; no more, since a well to be replaced
+                # is missed from the moment it is handed out.
+                at_once = 2 * max(1, int(cpus_up()))
+                for job in islice(waiting, max(0, at_once - len(running))):
                     self._unname(job.well)
                     running[task.remote(job)] = job
                 if not running:
@@ -274,7 +277,7 @@ class _Writer:
                     sites.update(outcome)
                 self._commit()
                 n_failed = len(self.failed)
-                advance(f"{n_failed} failed" if n_failed else job.well)
+                advance(job.well, failed=n_failed)
 
     def _unname(self, well: str) -> None:
         if well in self.named:
@@ -321,11 +324,10 @@ def _read_source(source: str, options: IngestOptions) -> tuple[dict[str, tuple[s
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
     if planes.ignored:
-        console.print(
-            f"note: {len(planes.ignored)} file(s) are not named as --layout {options.layout.method} says and are left "
+        events.note(
+            f"{len(planes.ignored)} file(s) are not named as --layout {options.layout.method} says and are left "
             f"out: {', '.join(planes.ignored[:_SHOWN])}{' …' if len(planes.ignored) > _SHOWN else ''}",
-            soft_wrap=True,
-            markup=False,
+            left_out=len(planes.ignored),
         )
     return images, planes
 

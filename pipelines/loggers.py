@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Protocol, TypeAlias
 
 from pydantic import Field
 
-from pipelines.progress import console
+from pipelines import events
 from storage_schemas import store
 from storage_schemas.base import Config
 from storage_schemas.errors import InputError
@@ -105,7 +105,7 @@ def open_loggers(loggers: Sequence[LoggerConfig], training: Training) -> Iterato
                     one(step, values)
                 except Exception as error:
                     del logs[name]
-                    console.print(f"note: logging to {name} has stopped: {error}", soft_wrap=True)
+                    events.warning("logging_stopped", f"note: logging to {name} has stopped: {error}", logger=name)
 
         yield log
 

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from pipelines import embed, evaluate, index, report, segment, statistics, train
+from pipelines import embed, evaluate, events, index, report, segment, statistics, train
 from pipelines.cluster import cluster
 from pipelines.config import ConfigError, RunConfig, differences
 from pipelines.inputs import Inputs, annotation_identity, open_inputs
-from pipelines.progress import console
 from pipelines.stage import do_stage
 from pipelines.units import Counts
 from screening.similarity import suggest
@@ -93,14 +92,14 @@ def run(
     store.remove_partial(url)
     _write_start(config, screen, inputs, previous)
     for note in inputs.notes:
-        console.print(f"note: {note}", soft_wrap=True)
+        events.note(note, screen=url)
     failed = 0
-    with cluster(config.resources):
+    with events.about(screen=url), cluster(config.resources):
         for stage in STAGES:
             if stage not in stages:
                 continue
             if stage == "segment" and inputs.cells is not None:
-                console.print(f"segment: the cells of {inputs.cells.url} are taken", soft_wrap=True)
+                events.info("cells_taken", f"segment: the cells of {inputs.cells.url} are taken", stage=stage)
                 continue
             _run_stage(stage, config, inputs, screen, on_epoch)
             failed += len(screen.failures(stage))

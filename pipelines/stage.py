@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from pipelines.progress import console
+from pipelines import events
+from pipelines.metrics import set_counts
 from pipelines.units import Counts
 from storage_schemas.screen import Screen, Stage, StageRecord, fingerprint
 
@@ -36,19 +37,24 @@ def do_stage(
         screen.remove_stage(stage)
         record = None
     if record is not None and record.done and not screen.failures(stage) and whole:
-        console.print(f"{stage}: done before")
+        events.info("stage_done_before", f"{stage}: done before", stage=stage)
         return
     screen.write_record(stage, StageRecord(fingerprint=mark, counts=counts))
 
+    events.info("stage_begun", stage=stage)
     start = time.monotonic()
     counts, notes = function()
     seconds = time.monotonic() - start
     output = fingerprint(mark, screen.outputs(stage))
     record = StageRecord(fingerprint=mark, done=True, output=output, counts=counts, notes=notes, seconds=seconds)
     screen.write_record(stage, record)
+    set_counts(screen.url, stage, counts)
     shown = ", ".join(f"{name} {count:,}" for name, count in counts.items())
-    console.print(f"{stage}: {shown} ({seconds:.0f} s)", soft_wrap=True)
+    events.info(
+        "stage_done", f"{stage}: {shown} ({seconds:.0f} s)", stage=stage, counts=counts, seconds=round(seconds, 1)
+    )
     for note in notes:
-        console.print(f"  note: {note}", soft_wrap=True)
+        events.info("note", f"  note: {note}", stage=stage)
     for failure in screen.failures(stage)[:5]:
-        console.print(f"  failed: {failure.unit}: {failure.message}", soft_wrap=True)
+        words = f"  failed: {failure.unit}: {failure.message}"
+        events.warning("unit_failed", words, stage=stage, unit=failure.unit, kind=failure.kind, error=failure.message)

@@ -34,7 +34,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
 from pipelines.clip_batches import BatchStream, ClipTable, clip_table
-from pipelines.cluster import usable_cpus, worker_cpus
+from pipelines.cluster import training_cpus
 from pipelines.config import ConfigError, ResourcesConfig, RunConfig, configuration_of, with_cells_of
 from pipelines.inputs import Inputs, open_inputs
 from pipelines.loggers import Log, Training, check_loggers, open_loggers
@@ -142,7 +142,6 @@ def train(
             cannot go on.
         StageError: if training fails more often than allowed.
     """
-    workers = config.resources.train_workers
     table, notes = make_split(config, inputs, screen)
     write_table(screen.split, table, SPLIT, fingerprint)
 
@@ -167,7 +166,7 @@ def train(
         channels=channels,
         n_frames=first.shape[2],
         normalisation=_measured(config, clips),
-        threads=max(1, int(usable_cpus(config.resources) // workers)),
+        threads=training_cpus(config.resources).threads,
         readers=config.resources.train_readers,
         cache_bytes=config.resources.train_cache_mb * 2**20,
         fingerprint=fingerprint,
@@ -292,9 +291,8 @@ def _listed(names: Sequence[str]) -> str:
 def _fit(resources: ResourcesConfig, screen: Screen, job: _Job, log: Log, on_epoch: OnEpoch | None) -> str:
     """Run Ray Train to its end, or on from where an earlier run was cut off; the last checkpoint's folder."""
     workers = resources.train_workers
-    cpus = usable_cpus(resources)
     asked = {
-        "CPU": worker_cpus(cpus, workers),
+        "CPU": training_cpus(resources).asked,
         "GPU": resources.train_gpus,
         "memory": float(resources.train_memory_mb * 2**20),
     }

@@ -14,7 +14,9 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.annotations import RayDeprecationWarning
 
-from pipelines.progress import console, progress
+from pipelines import events
+from pipelines.metrics import StageMetrics
+from pipelines.progress import Advance, progress
 from storage_schemas.errors import InputError, StoreError, is_disk_full
 from storage_schemas.keys import WellKey
 from storage_schemas.screen import Failure, Screen
@@ -78,7 +80,7 @@ def run_units(screen: Screen, stage: UnitStage, units: Sequence[WellKey], work: 
     done = screen.done_units(stage) - screen.failed_units(stage)
     left = [unit for unit in units if unit not in done]
     with progress(stage, len(units), "wells") as advance:
-        tally = _Tally(screen, stage, len(units), max_failed_share, advance)
+        tally = _Tally(screen, stage, len(units), max_failed_share, advance, StageMetrics(screen.url, stage, len(left)))
         for _ in range(len(units) - len(left)):
             advance()
         for attempt in range(1, work.attempts + 1):
@@ -89,7 +91,9 @@ def run_units(screen: Screen, stage: UnitStage, units: Sequence[WellKey], work: 
             if attempt < work.attempts:
                 pause = min(_PAUSE * 2 ** (attempt - 1), _LONGEST_PAUSE)
                 why = next(iter(again.values())).message
-                console.print(f"{stage}: {len(left)} well(s) to be tried again in {pause:.0f} s: {why}", soft_wrap=True)
+                words = f"{stage}: {len(left)} well(s) to be tried again in {pause:.0f} s: {why}"
+                events.warning("units_tried_again", words, stage=stage, units=len(left), attempt=attempt, error=why)
+                tally.metrics.tried_again(len(left))
                 time.sleep(pause)
         for unit, failure in again.items():
             message = f"tried {work.attempts} times: {failure.message}"
@@ -105,19 +109,21 @@ class _Tally:
     stage: UnitStage
     units: int
     max_failed_share: float
-    advance: Callable[[str], None]
+    advance: Advance
+    metrics: StageMetrics
     failed: float = 0.0
     n_failed: int = 0
 
-    def add(self, unit: WellKey, failed_share: float) -> None:
-        """Count one unit.
+    def add(self, unit: WellKey, failed_share: float, seconds: float | None = None) -> None:
+        """Count one unit, and how long it took where that is known.
 
         Raises:
             StageError: if it is one too many.
         """
         self.failed += failed_share
         self.n_failed += failed_share > 0
-        self.advance(f"{self.n_failed} failed" if self.n_failed else "")
+        self.metrics.ended("failed" if failed_share == 1 else "part" if failed_share else "done", seconds)
+        self.advance(failed=self.n_failed)
         if self.failed > self.max_failed_share * self.units:
             last = self.screen.failures(self.stage, unit)[-1]
             raise StageError(
@@ -144,7 +150,7 @@ def _try(
             if outcome["state"] == "again":
                 again[unit] = Failure(str(unit), outcome["kind"], outcome["message"])
             else:
-                tally.add(unit, outcome["failed_share"])
+                tally.add(unit, outcome["failed_share"], outcome["seconds"])
     # Of these nothing was heard. The worker may have died after its commit, which the listing tells.
     done = screen.done_units(stage) - screen.failed_units(stage) if open_ else set()
     for unit in open_:
@@ -210,18 +216,21 @@ class _Attempt:
     function: Callable[[WellKey], float]
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        outcome = {"unit": row["unit"], "state": "done", "failed_share": 0.0, "kind": "", "message": ""}
+        outcome = {"unit": row["unit"], "state": "done", "failed_share": 0.0, "kind": "", "message": "", "seconds": 0.0}
+        start = time.monotonic()
         try:
-            return outcome | {"failed_share": self._share(WellKey.parse(row["unit"]))}
+            share = self._share(WellKey.parse(row["unit"]))
         except Exception as error:
             if not self._is_told(error):
                 raise
             state = "again" if is_passing(error) else "stop"
             return outcome | {"state": state, "kind": type(error).__name__, "message": str(error)}
+        return outcome | {"failed_share": share, "seconds": time.monotonic() - start}
 
     def _share(self, unit: WellKey) -> float:
         try:
-            return self.function(unit)
+            with events.attempt(self.stage, str(unit)):
+                return self.function(unit)
         except Exception as error:  # whatever else it is, it is recorded with its unit
             if self._is_told(error):
                 raise

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from collections.abc import Iterable, Mapping
 from enum import IntEnum, StrEnum
 from importlib.metadata import version
@@ -41,6 +42,13 @@ class Exit(IntEnum):
     FAILED = 1
     USAGE = 2
     SOME_FAILED = 3
+
+
+class LogForm(StrEnum):
+    """How a command tells of its work on standard error."""
+
+    text = "text"
+    json = "json"
 
 
 class Format(StrEnum):
@@ -118,11 +126,22 @@ def main() -> None:
     except InputError as error:
         # The class lives beside the configuration, which would load torch; its name is enough here.
         usage = type(error).__name__ == "ConfigError"
-        typer.secho(f"error: {error}", err=True, fg="red")
-        sys.exit(Exit.USAGE if usage else Exit.FAILED)
+        _fail(error, Exit.USAGE if usage else Exit.FAILED)
     except OSError as error:
-        typer.secho(f"error: {error}", err=True, fg="red")
-        sys.exit(Exit.FAILED)
+        _fail(error, Exit.FAILED)
+    except Exception as error:  # a mistake of ours, whose traceback a log of lines must hold in one
+        from pipelines import events
+
+        if not events.is_json():
+            raise
+        _fail(error, Exit.FAILED, traceback=traceback.format_exc())
+
+
+def _fail(error: Exception, code: Exit, **fields: str) -> None:
+    from pipelines import events
+
+    events.error("command_failed", str(error), kind=type(error).__name__, exit_code=int(code), **fields)
+    sys.exit(code)
 
 
 def _show_version(wanted: bool) -> None:
@@ -136,8 +155,14 @@ def _common(
     _version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
+    log_format: Annotated[
+        LogForm,
+        typer.Option(envvar="SCREENING_LOG_FORMAT", help="What is said on standard error: words, or a JSON line each."),
+    ] = LogForm.text,
 ) -> None:
-    pass
+    from pipelines import events
+
+    events.use(log_format.value)
 
 
 @app.command()

@@ -23,10 +23,10 @@ import yaml
 from ray import tune as ray_tune
 from ray.tune.schedulers import ASHAScheduler
 
+from pipelines import events
 from pipelines.cluster import quiet_ray_data
 from pipelines.config import ConfigError, RunConfig, differences, override
 from pipelines.inputs import open_inputs
-from pipelines.progress import console
 from pipelines.run import run
 from pipelines.split import make_split
 from storage_schemas import store
@@ -248,7 +248,7 @@ def _sample(one: _Search, seed: int, storage: str, concurrency: int) -> None:
     for settings in listed.values():
         apply(one.config, settings)
     total = max(one.plan.samples + 1, len(listed))
-    console.print(f"search: {total} samples, {len(closed)} done before", soft_wrap=True)
+    events.info("search", f"search: {total} samples, {len(closed)} done before", total=total, done=len(closed))
     if total == len(closed):
         return
     listed = {number: settings for number, settings in listed.items() if number not in closed}

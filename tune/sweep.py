@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from pipelines import events
 from pipelines.config import ConfigError, RunConfig, override
-from pipelines.progress import console
 from screening.evaluation import ALL_MOAS, score_table
 from storage_schemas import store
 from storage_schemas.tables import SWEEP_RESULTS, write_table
@@ -82,7 +82,7 @@ def plan(
         overrides = ABLATIONS[name].overrides
         ablated = override(config, overrides)
         if overrides and ablated == config:
-            console.print(f"note: {name} left out: the configuration has {', '.join(overrides)} already")
+            events.note(f"{name} left out: the configuration has {', '.join(overrides)} already", ablation=name)
             continue
         for depth in dict.fromkeys(depths or [config.model.depth]):
             deep = override(ablated, [f"model.depth={depth}"])

@@ -17,9 +17,9 @@ from typing import Any
 import ray
 from ray import tune as ray_tune
 
-from pipelines.cluster import cluster, quiet_ray_data
+from pipelines import events
+from pipelines.cluster import cluster, cluster_address, cpus_up, quiet_ray_data
 from pipelines.config import ConfigError, ResourcesConfig, RunConfig, override, with_cells_of
-from pipelines.progress import console
 from pipelines.run import is_done, run
 from storage_schemas import store
 from storage_schemas.errors import InputError
@@ -96,16 +96,18 @@ def at_once(resources: ResourcesConfig, wanted: int | None) -> int:
 
     Args:
         resources: of one trial.
-        wanted: at most so many; None for as many as the cluster has room for.
+        wanted: at most so many; None for as many as there is room for now.
 
     Raises:
-        ConfigError: if the cluster has no room for as many as are wanted: they would wait for each other's CPUs.
+        ConfigError: if this machine has no room for as many as are wanted: they would wait for each other's CPUs. A
+            cluster may still grow.
     """
+    if wanted is not None and cluster_address():
+        return wanted
     there = ray.cluster_resources()
     workers = resources.train_workers
-    # A worker computes on a CPU at least; readers ask for a part of one.
     each = {
-        "CPU": float(workers * max(1, math.ceil(resources.train_readers / 2))),
+        "CPU": float(_least_cpus(resources)),
         "GPU": resources.train_gpus * workers,
         "memory": float(_TRIAL_BYTES + workers * resources.train_memory_mb * 2**20),
     }
@@ -123,9 +125,17 @@ def at_once(resources: ResourcesConfig, wanted: int | None) -> int:
 
 
 def share_of(config: RunConfig, concurrency: int) -> RunConfig:
-    """The configuration of one of several trials that run at once, with its share of the CPUs."""
-    cpus = max(1, int(ray.cluster_resources().get("CPU", 1) // concurrency))
+    """The configuration of one of several trials that run at once, with its share of the CPUs.
+
+    It is never told fewer than it needs: on a cluster that grows the rest comes when it is asked for.
+    """
+    cpus = max(_least_cpus(config.resources), int(cpus_up() // concurrency))
     return override(config, [f"resources.cpus={cpus}"])
+
+
+def _least_cpus(resources: ResourcesConfig) -> int:
+    """CPUs that a trial cannot do without: a worker computes on one at least, and readers ask for a part of one."""
+    return resources.train_workers * max(1, math.ceil(resources.train_readers / 2))
 
 
 def run_trials(trials: Sequence[Trial], storage: str, concurrency: int, *, update: bool) -> None:
@@ -140,7 +150,8 @@ def run_trials(trials: Sequence[Trial], storage: str, concurrency: int, *, updat
     if not trials:
         return
     left = [trial for trial in trials if not trial.is_done()]
-    console.print(f"sweep: {len(trials)} trials, {len(trials) - len(left)} done before", soft_wrap=True)
+    done = len(trials) - len(left)
+    events.info("sweep", f"sweep: {len(trials)} trials, {done} done before", total=len(trials), done=done)
     if not left:
         return
     concurrency = min(concurrency, len(left))
@@ -232,4 +243,12 @@ class Progress(ray_tune.Callback):
 
     def _show(self, trial: Any, outcome: str) -> None:
         self._ended += 1
-        console.print(f"sweep: {self._ended}/{self._total} {self._name(trial.config)}: {outcome}", soft_wrap=True)
+        name = self._name(trial.config)
+        events.info(
+            "trial_ended",
+            f"sweep: {self._ended}/{self._total} {name}: {outcome}",
+            trial=name,
+            outcome=outcome,
+            done=self._ended,
+            total=self._total,
+        )

@@ -1,0 +1,297 @@
+"""What a running screen tells: its log, its metrics, how far it is; and what its actors ask the cluster for."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import urllib.request
+import warnings
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from conftest import Command
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
+
+from pipelines import events
+from pipelines.cluster import ActorCpus, check_room, embedding_cpus, training_cpus
+from pipelines.config import ResourcesConfig
+from pipelines.metrics import StageMetrics, names, set_counts
+from pipelines.progress import progress
+from pipelines.units import Work, run_units
+from storage_schemas.errors import InputError
+from storage_schemas.keys import WellKey
+from storage_schemas.screen import Manifest, Screen
+
+SECRET = "s3://AKIA0:se/cr3t@store:9000/bucket/screen"
+
+
+@pytest.fixture(autouse=True)
+def words() -> Iterator[None]:
+    """Whatever a test chooses, the next one starts with words."""
+    yield
+    events.use("text")
+
+
+def lines(text: str) -> list[dict[str, Any]]:
+    """Every line, which must be an object."""
+    return [dict(json.loads(line)) for line in text.splitlines()]
+
+
+# --- logs ------------------------------------------------------------------------------------
+
+
+def test_words_are_the_default(capsys: pytest.CaptureFixture[str]) -> None:
+    events.info("stage_done", "segment: wells [2] (3 s)", stage="segment")
+    events.info("stage_begun", stage="segment")
+    events.error("command_failed", "no such file", exit_code=1)
+    said = capsys.readouterr()
+    assert said.err == "segment: wells [2] (3 s)\nerror: no such file\n"
+    assert said.out == ""
+
+
+def test_in_json_every_event_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    events.use("json")
+    with events.about(screen="s3://bucket/first"):
+        events.info("stage_begun", stage="segment")
+        events.warning("unit_failed", "  failed: p/B02: dark\nand torn", unit="p/B02", kind="SiteError", error="dark")
+    events.note("one plate only")
+    begun, failed, note = lines(capsys.readouterr().err)
+    assert datetime.fromisoformat(begun["time"]).utcoffset() == timedelta(0)
+    assert abs(datetime.fromisoformat(begun["time"]).timestamp() - time.time()) < 10
+    assert {**begun, "time": ""} == {
+        "time": "",
+        "level": "info",
+        "event": "stage_begun",
+        "screen": "s3://bucket/first",
+        "stage": "segment",
+    }
+    assert (failed["level"], failed["unit"], failed["kind"], failed["error"]) == (
+        "warning",
+        "p/B02",
+        "SiteError",
+        "dark",
+    )
+    assert failed["message"] == "failed: p/B02: dark\nand torn"
+    assert "screen" not in note
+
+
+def test_libraries_are_put_into_lines_too(capsys: pytest.CaptureFixture[str]) -> None:
+    events.use("json")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        logging.captureWarnings(True)
+        warnings.warn("old\nand grey", UserWarning, stacklevel=1)
+    try:
+        raise OSError("gone")
+    except OSError:
+        logging.getLogger("somebody.else").exception("could not")
+    warned, logged = lines(capsys.readouterr().err)
+    assert "old\nand grey" in warned["message"]
+    assert (logged["logger"], logged["level"], logged["message"]) == ("somebody.else", "error", "could not")
+    assert logged["traceback"].endswith("OSError: gone")
+    events.use("text")
+    logging.getLogger("somebody.else").warning("as ever")
+    assert "{" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_no_secret_of_a_url_is_told(form: events.LogFormat, capsys: pytest.CaptureFixture[str]) -> None:
+    events.use(form)
+    signed = "https://store/x?X-Amz-Credential=AKIA0&X-Amz-Signature=cr3t&part=1"
+    events.info("cells_taken", f"cells of {SECRET} and {signed}", url=SECRET, given=[SECRET, signed])
+    said = capsys.readouterr().err
+    assert "cr3t" not in said
+    assert "AKIA0" not in said
+    assert "s3://***@store:9000/bucket/screen" in said
+    assert "part=1" in said
+    if form == "json":
+        assert lines(said)[0]["given"][1].endswith("X-Amz-Signature=***&part=1")
+
+
+@given(st.dictionaries(st.sampled_from("abc"), st.text()), st.text())
+def test_masking_keeps_a_line_whole(fields: dict[str, str], message: str) -> None:
+    record = logging.makeLogRecord({"msg": message, "event": "x", "fields": fields, "levelname": "INFO"})
+    formatter = events._JsonFormatter()
+    document = json.loads(formatter.format(record))
+    assert document.keys() >= fields.keys()
+    assert "\n" not in formatter.format(record)
+
+
+def test_progress_in_json_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    events.use("json")
+    with progress("segment", 3, "wells") as advance:
+        advance()
+        advance(failed=1)
+        advance("B04", failed=1)
+    (last,) = lines(capsys.readouterr().err)
+    assert last["event"] == "progress"
+    assert (last["stage"], last["done"], last["total"], last["failed"]) == ("segment", 3, 3, 1)
+    assert last["message"].startswith("segment: 3/3 wells, 0 s 1 failed")
+
+
+def test_failure_of_a_command_is_a_line_and_its_exit_code(command: Command, tmp_path: Path) -> None:
+    done = command("--log-format", "json", "status", tmp_path)
+    (failed,) = lines(done.err)
+    assert done.code == failed["exit_code"] == 1
+    assert (failed["event"], failed["level"], failed["kind"]) == ("command_failed", "error", "SchemaError")
+    assert failed["message"] == f"{tmp_path}: is not a screen: there is nothing at that place"
+
+
+def test_form_comes_from_the_environment_too(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(events.VARIABLE, "json")
+    (failed,) = lines(command("run", tmp_path / "absent.yaml", "--out", tmp_path / "out").err)
+    assert failed["exit_code"] == 2
+    monkeypatch.setenv(events.VARIABLE, "xml")
+    assert command("status", tmp_path).code == 2
+
+
+def test_mistake_of_ours_is_one_line_with_its_traceback(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(url: str) -> Screen:
+        raise ZeroDivisionError("by us")
+
+    monkeypatch.setattr(Screen, "open", broken)
+    (failed,) = lines(command("--log-format", "json", "status", tmp_path).err)
+    assert failed["kind"] == "ZeroDivisionError"
+    assert "broken" in failed["traceback"]
+    with pytest.raises(ZeroDivisionError):
+        command("status", tmp_path)
+
+
+# --- metrics ---------------------------------------------------------------------------------
+
+
+def scraped(port: int, wanted: Callable[[dict[str, float]], bool], **tags: str) -> dict[str, float]:
+    """Name and remaining tags -> value of the samples that have these tags, once they are as wanted."""
+    end = time.monotonic() + 40
+    found: dict[str, float] = {}
+    while time.monotonic() < end:
+        text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
+        found = {}
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                if tags.items() <= sample.labels.items():
+                    which = [sample.labels[tag] for tag in ("outcome", "what", "le") if tag in sample.labels]
+                    found[" ".join([sample.name, *which])] = sample.value
+        if wanted(found):
+            return found
+        time.sleep(0.5)
+    raise AssertionError(f"not within the time: {found}")
+
+
+def sleeping() -> Callable[[WellKey], float]:
+    """Does units as their wells say: column 1 fails, column 2 in part. Ray's workers need not find this file."""
+
+    def stage(well: WellKey) -> float:
+        time.sleep(0.15)
+        if well.well.endswith("01"):
+            raise ValueError("first column")
+        return 0.5 if well.well.endswith("02") else 0.0
+
+    return stage
+
+
+@pytest.fixture
+def screen(tmp_path: Path) -> Screen:
+    made = Screen(str(tmp_path / "counted"))
+    made.write_manifest(Manifest(software={}, config={}, inputs=""))
+    return made
+
+
+def test_prometheus_is_told_what_the_run_counted_and_workers_log_each_unit(local_ray: None, screen: Screen) -> None:
+    wells = [WellKey("p", f"{row}{column:02}") for row in "AB" for column in (1, 2, 3)]
+    run_units(screen, "embed", wells, Work(sleeping(), num_cpus=0.5), max_failed_share=1)
+    set_counts(screen.url, "embed", {"cells": 7})
+    port = ray.nodes()[0]["MetricsExportPort"]
+    found = scraped(port, lambda seen: seen.get("ray_screening_units_left") == 0, screen="counted", stage="embed")
+    assert {name: found[name] for name in found if name.startswith("ray_screening_units")} == {
+        "ray_screening_units_total done": 2,
+        "ray_screening_units_total part": 2,
+        "ray_screening_units_total failed": 2,
+        "ray_screening_units_left": 0,
+    }
+    assert found["ray_screening_unit_seconds_count"] == 6
+    assert found["ray_screening_unit_seconds_bucket 0.1"] == 0
+    assert found["ray_screening_unit_seconds_bucket +Inf"] == 6
+    assert 6 * 0.15 <= found["ray_screening_unit_busy_seconds_total"] < 6 * 2
+    assert found["ray_screening_stage_count cells"] == 7
+    assert {name.split()[0] for name in found} <= names()
+
+    session = Path(ray._private.worker.global_worker.node.get_session_dir_path())
+    logged = [
+        dict(json.loads(line))
+        for log in session.glob("logs/worker-*.err")
+        for line in log.read_text().splitlines()
+        if '"event": "unit_' in line and '"stage": "embed"' in line
+    ]
+    ended = {line["unit"]: line["event"] for line in logged if line["unit"] in map(str, wells)}
+    assert ended == {str(well): f"unit_{'failed' if well.well.endswith('01') else 'done'}" for well in wells}
+    (first, _) = [line for line in logged if line["event"] == "unit_failed"]
+    assert (first["kind"], first["error"]) == ("ValueError", "first column")
+    assert 'raise ValueError("first column")' in first["traceback"]
+    assert first["seconds"] >= 0.15
+
+
+def test_metrics_name_no_secret_and_need_no_ray() -> None:
+    counted = StageMetrics("s3://AKIA0:cr3t@bucket", "segment", 1)
+    counted.ended("done", 1.0)  # of a process without Ray
+    assert counted._tags == {"screen": "***@bucket", "stage": "segment"}
+
+
+# --- what actors ask for ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def up(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Lets a cluster of that address have these CPUs up."""
+
+    def told(cpus: float, address: str = "") -> None:
+        monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": cpus} if cpus else {"memory": 2**30})
+        monkeypatch.setenv("RAY_ADDRESS", address)
+
+    return told
+
+
+@pytest.mark.parametrize("cpus", [0, 1, 2, 64])
+def test_actors_of_a_cluster_ask_for_the_same_whatever_is_up(cpus: float, up: Callable[..., None]) -> None:
+    up(cpus, "head:6379")
+    resources = ResourcesConfig(embed_actors=4, train_workers=4, embed_cpus=2.0)
+    assert embedding_cpus(resources).asked == 2.0
+    assert training_cpus(resources).asked == 1.0
+    assert embedding_cpus(resources).threads == max(2, cpus // 4)
+    told = ResourcesConfig(cpus=2, embed_actors=4, train_workers=4)
+    assert embedding_cpus(told) == ActorCpus(0.5, 1)
+    assert training_cpus(told) == ActorCpus(0.125, 1)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "actors", "embedding", "training"),
+    [
+        (1, 1, ActorCpus(1.0, 1), ActorCpus(0.25, 1)),
+        (2, 1, ActorCpus(1.0, 2), ActorCpus(0.5, 2)),
+        (2, 4, ActorCpus(0.5, 1), ActorCpus(0.125, 1)),
+        (64, 2, ActorCpus(1.0, 32), ActorCpus(1.0, 32)),
+    ],
+)
+def test_actors_of_one_machine_share_it(
+    cpus: float, actors: int, embedding: ActorCpus, training: ActorCpus, up: Callable[..., None]
+) -> None:
+    up(cpus)
+    resources = ResourcesConfig(embed_actors=actors, train_workers=actors)
+    assert embedding_cpus(resources) == embedding
+    assert training_cpus(resources) == training
+
+
+@pytest.mark.parametrize("name", ["segment_memory_mb", "embed_memory_mb"])
+def test_memory_that_a_machine_has_not_is_refused(name: str, local_ray: None) -> None:
+    check_room(ResourcesConfig.model_validate({name: 16}))
+    with pytest.raises(InputError, match=f"resources.{name} asks for 1e.*MiB"):
+        check_room(ResourcesConfig.model_validate({name: 10**8}))
