@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +14,7 @@ import torch
 from pipelines.cluster import embedding_cpus
 from pipelines.config import RunConfig
 from pipelines.inputs import Inputs
+from pipelines.spread import spread
 from pipelines.units import Counts, Work, run_units
 from pipelines.vectors import vector_column
 from screening.embedding import EmbedConfig, embed, restore
@@ -21,7 +24,7 @@ from storage_schemas.clips import channel_names, open_clips, read_clips
 from storage_schemas.errors import SchemaError
 from storage_schemas.keys import WellKey
 from storage_schemas.screen import Screen
-from storage_schemas.tables import CELLS, embeddings_form, open_table, write_table
+from storage_schemas.tables import CELLS, embeddings_form, open_table, row_count, write_table
 
 OUTPUT_VERSION = 1  # raised when the same configuration gives other files
 
@@ -50,11 +53,14 @@ def embed_screen(config: RunConfig, inputs: Inputs, screen: Screen, fingerprint:
         attempts=config.resources.attempts,
     )
     run_units(screen, "embed", units, work, config.max_failed_share)
-    done = screen.done_units("embed")
+    return _count(units, screen), []
+
+
+def _count(units: Sequence[WellKey], screen: Screen) -> Counts:
+    done = screen.done_units("embed") & set(units)
     form = embeddings_form(read_manifest(screen.checkpoint).embedding_dim)
-    rows = [len(open_table(screen.embeddings(well), form, ["track"])) for well in units if well in done]
-    counts = {"wells": len(units), "done": len(rows), "failed": len(screen.failures("embed"))}
-    return counts | {"cells": sum(rows)}, []
+    cells = sum(spread(partial(row_count, form=form), [screen.embeddings(well) for well in sorted(done)]))
+    return {"wells": len(units), "done": len(done), "failed": len(screen.failures("embed")), "cells": cells}
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import pyarrow as pa
 import ray
 
 from pipelines.inputs import Inputs
+from pipelines.spread import spread
 from pipelines.units import Counts, StageError, Work, is_passing, run_units
 from screening.clips import FixedScaling, PlateScaling, choose_frames
 from screening.illumination import Calibration, calibrate
@@ -453,14 +454,14 @@ def _count(inputs: Inputs, screen: Screen) -> Counts:
     counts = Counter({"wells": len(inputs.wells), "done": len(done), "failed": len(failed - done)})
     counts.update(dict.fromkeys(("sites", "sites done", "frames", "frames flagged"), 0))
     counts.update(dict.fromkeys(("objects", "objects in clips", "tracks", "clips"), 0))
-    for well in sorted(done):
-        counts.update(_count_well(screen, well))
-    for well in sorted(failed):
-        for failure in screen.failures("segment", well):
-            if failure.unit == str(well):
-                counts[f"wells failed: {failure.kind}"] += 1
-            else:
-                counts.update({"sites": 1, f"sites failed: {failure.kind}": 1})
+    for found in spread(partial(_count_well, screen), sorted(done)):
+        counts.update(found)
+    wells = {str(well) for well in failed}
+    for failure in screen.failures("segment"):
+        if failure.unit in wells:
+            counts[f"wells failed: {failure.kind}"] += 1
+        elif failure.unit.rpartition("/")[0] in wells:
+            counts.update({"sites": 1, f"sites failed: {failure.kind}": 1})
 
     def total(*beginnings: str) -> int:
         return sum(n for name, n in counts.items() if name.startswith(beginnings))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from pipelines import events
 from pipelines.metrics import set_counts
+from pipelines.spread import spread
 from pipelines.units import Counts
 from storage_schemas.screen import Screen, Stage, StageRecord, fingerprint
 
@@ -45,7 +46,7 @@ def do_stage(
     start = time.monotonic()
     counts, notes = function()
     seconds = time.monotonic() - start
-    output = fingerprint(mark, screen.outputs(stage))
+    output = fingerprint(mark, screen.outputs(stage, spread))
     record = StageRecord(fingerprint=mark, done=True, output=output, counts=counts, notes=notes, seconds=seconds)
     screen.write_record(stage, record)
     set_counts(screen.url, stage, counts)

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import compress
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from storage_schemas import store
+from storage_schemas.ahead import ahead
 from storage_schemas.errors import InputError, SchemaError
 from storage_schemas.keys import WellKey
 
@@ -24,6 +26,9 @@ PROFILES_IMPORT = "profiles_import"  # the key of a manifest's configuration tha
 
 Stage = Literal["segment", "train", "embed", "index", "statistics", "evaluate", "report"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
+
+# Calls a function with each of some texts; results in order, as of :func:`map`.
+Mapped = Callable[[Callable[[str], str], Sequence[str]], Iterable[str]]
 
 
 class StageRecord(BaseModel):
@@ -275,11 +280,15 @@ class Screen:
         """Wells whose table is there."""
         return set(self._owner(stage)._listed("cells" if stage == "segment" else "embeddings", ".parquet"))
 
-    def outputs(self, stage: Stage) -> list[str]:
+    def outputs(self, stage: Stage, mapped: Mapped = ahead) -> list[str]:
         """What tells one output of a stage from another of the same fingerprint.
 
         That is its units; of `segment` also their cells, since a unit is done again when its sites have been mended,
         and the plates' calibrations, which imported cells come without.
+
+        Args:
+            stage: which.
+            mapped: how a function is called with each of many URLs; by default by threads of this process.
         """
         if stage != "segment" and stage != "embed":
             return []
@@ -287,9 +296,8 @@ class Screen:
         if stage == "embed":
             return [str(unit) for unit in units]
         calibrations = [self.calibration(plate) for plate in sorted({unit.plate for unit in units})]
-        files = [*map(self.cells, units), *(url for url in calibrations if store.exists(url))]
-        digests = [hashlib.sha256(store.read_bytes(url)).hexdigest() for url in files]
-        return [*map(str, units), *digests]
+        files = [*map(self.cells, units), *compress(calibrations, ahead(store.exists, calibrations))]
+        return [*map(str, units), *mapped(_digest, files)]
 
     def remove_cells(self, plate: str) -> None:
         """Remove a plate's tables of cells, so that `segment` does its wells again."""
@@ -328,8 +336,8 @@ class Screen:
     def failures(self, stage: Stage, well: WellKey | None = None) -> list[Failure]:
         """Recorded failures of a stage, in order of their units; of one unit, if it is given."""
         units = sorted(self.failed_units(stage)) if well is None else [well]
-        urls = [self._failures(stage, unit) for unit in units]
-        return [Failure(**record) for url in urls if store.exists(url) for record in store.read_json(url)]
+        records = ahead(_read_failures, [self._failures(stage, unit) for unit in units])
+        return [failure for of_unit in records for failure in of_unit]
 
     def failed_units(self, stage: Stage) -> set[WellKey]:
         """Wells that have failed, wholly or with some of their sites."""
@@ -339,8 +347,10 @@ class Screen:
         return self._owner(stage)._path("failures", stage, well.plate, f"{well.well}.json")
 
     def _listed(self, folder: str, suffix: str) -> Iterable[WellKey]:
-        for plate in store.list_names(self._path(folder)):
-            for name in store.list_names(self._path(folder, plate)):
+        plates = store.list_names(self._path(folder))
+        listings = ahead(store.list_names, [self._path(folder, plate) for plate in plates])
+        for plate, names in zip(plates, listings, strict=True):
+            for name in names:
                 if not name.endswith(suffix):
                     continue
                 try:
@@ -348,6 +358,14 @@ class Screen:
                 except InputError as error:
                     where = self._path(folder, plate, name)
                     raise SchemaError(where, f"is not of this screen, remove it: {error}") from error
+
+
+def _digest(url: str) -> str:
+    return hashlib.sha256(store.read_bytes(url)).hexdigest()
+
+
+def _read_failures(url: str) -> list[Failure]:
+    return [Failure(**record) for record in store.read_json(url)] if store.exists(url) else []
 
 
 def fingerprint(*parts: Any) -> str:

@@ -629,6 +629,24 @@ def column_names(url: str) -> list[str]:
         raise SchemaError(url, f"is not a readable Parquet file ({error})") from error
 
 
+def row_count(url: str, form: TableForm) -> int:
+    """How many rows a table of the given form has, read from the file's footer.
+
+    Raises:
+        SchemaError: as :func:`open_table`.
+    """
+    fs, path = store.filesystem(url)
+    try:
+        with fs.open(path, "rb") as file:
+            footer = pq.read_metadata(file)
+    except FileNotFoundError as error:
+        raise SchemaError(url, "no such file") from error
+    except (pa.ArrowException, OSError) as error:
+        raise SchemaError(url, f"is not a readable Parquet file of form {form.name!r} ({error})") from error
+    _check_mark(url, footer.schema.to_arrow_schema(), form)
+    return int(footer.num_rows)
+
+
 def vector_dimension(url: str, column: str) -> int:
     """The length of the vectors in a fixed-size-list column, read from the file's footer.
 

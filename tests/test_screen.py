@@ -194,7 +194,7 @@ def test_outputs_tell_apart_what_was_done_again(screen: Screen) -> None:
         store.write_bytes(screen.cells(well), b"1")
         store.write_bytes(screen.calibration(well.plate), b"1")
     before = screen.outputs("segment")
-    assert screen.outputs("segment") == before
+    assert screen.outputs("segment") == screen.outputs("segment", map) == before
     store.write_bytes(screen.cells(C11), b"2")
     mended = screen.outputs("segment")
     store.write_bytes(screen.calibration(C11.plate), b"2")

@@ -223,6 +223,20 @@ def test_a_failed_write_leaves_the_old_table(tmp_path: Path, monkeypatch: pytest
     assert store.list_names(str(tmp_path)) == ["x.parquet"]
 
 
+def test_rows_are_counted_by_the_footer_of_a_table_of_that_form(tmp_path: Path) -> None:
+    url = str(tmp_path / "x.parquet")
+    parts = [pa.Table.from_pandas(toy(), preserve_index=False)] * 3
+    tables.write_tables(url, parts, FORM)
+    assert tables.row_count(url, FORM) == 3 * len(toy())
+    with pytest.raises(SchemaError, match=r"x\.parquet: expected form"):
+        tables.row_count(url, OPEN_FORM)
+    with pytest.raises(SchemaError, match=r"gone\.parquet: no such file"):
+        tables.row_count(str(tmp_path / "gone.parquet"), FORM)
+    (tmp_path / "x.parquet").write_bytes((tmp_path / "x.parquet").read_bytes()[:-3])
+    with pytest.raises(SchemaError, match="is not a readable Parquet file"):
+        tables.row_count(url, FORM)
+
+
 def test_vector_dimension_needs_vectors(tmp_path: Path) -> None:
     url = str(tmp_path / "x.parquet")
     write_table(url, toy(), FORM)
