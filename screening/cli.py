@@ -5,6 +5,7 @@ Each command imports what it needs, so that help and queries are fast.
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 import traceback
@@ -21,9 +22,10 @@ from tune.ablations import ABLATIONS
 
 if TYPE_CHECKING:
     import pandas as pd
+    from rich.table import Table
 
     from storage_schemas.index import Level
-    from storage_schemas.screen import Stage
+    from storage_schemas.screen import Screen, Stage
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -679,17 +681,62 @@ def predict(
 
 
 @app.command()
-def status(screen: ScreenArgument, output: FormatOption = Format.table) -> None:
-    """How far has a screen come? A row a stage, and what failed."""
+def status(
+    screen: ScreenArgument,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Go on looking until the screen is done; Ctrl-C ends it.")
+    ] = False,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between looks. (--watch)")] = 2.0,
+    until: Annotated[str, typer.Option(metavar="STAGE", help="The stage that ends it once it is done. (--watch)")] = (
+        "report"
+    ),
+    output: FormatOption = Format.table,
+) -> None:
+    """How far has a screen come? A row a stage, and what failed.
+
+    With --watch also wells a minute, of the last five minutes, and the time left at that rate. Where it is not shown on
+    a terminal it is a line for each change: words, or an object (json) or a row (csv).
+    """
     from pipelines.status import stage_table
     from storage_schemas.screen import STAGES, Screen
 
     opened = Screen.open(screen)
-    _print(stage_table(opened), output)
+    if watch:
+        _watch(opened, _stages(until, "--until")[-1], every, output)
+    else:
+        _print(stage_table(opened), output)
     if output is Format.table:
         for stage in STAGES:
             for failure in opened.failures(stage):
                 typer.echo(f"failed in {stage}: {failure.unit}: {failure.kind}: {failure.message}")
+
+
+def _watch(screen: Screen, until: Stage, every: float, output: Format) -> None:
+    from rich.live import Live
+
+    from pipelines import status as pipeline
+
+    if output is Format.table and sys.stdout.isatty():
+        with Live(auto_refresh=False) as live:
+            pipeline.watch(screen, until, every, lambda seen: live.update(_grid(seen), refresh=True))
+        return
+    before: pd.DataFrame | None = None
+
+    def tell(seen: pd.DataFrame) -> None:
+        nonlocal before
+        if output is Format.csv and before is None:
+            typer.echo(",".join(seen.columns))
+        for row in pipeline.changed_rows(before, seen):
+            if output is Format.json:
+                typer.echo(json.dumps(row, ensure_ascii=False))
+            elif output is Format.csv:
+                csv.writer(sys.stdout, lineterminator="\n").writerow(row.values())
+            else:
+                typer.echo(pipeline.sentence(row))
+        sys.stdout.flush()
+        before = seen
+
+    pipeline.watch(screen, until, every, tell)
 
 
 @app.command()
@@ -869,13 +916,13 @@ def _whole_numbers(text: str, option: str) -> list[int]:
         raise typer.BadParameter(f"{text!r} is not a list of whole numbers", param_hint=option) from error
 
 
-def _stages(text: str | None) -> tuple[Stage, ...]:
+def _stages(text: str | None, option: str = "--stages") -> tuple[Stage, ...]:
     from storage_schemas.screen import STAGES
 
     wanted = set(text.split(",")) if text else set(STAGES)
     unknown = sorted(wanted - set(STAGES))
     if unknown:
-        raise typer.BadParameter(f"unknown {unknown}; there are {', '.join(STAGES)}", param_hint="--stages")
+        raise typer.BadParameter(f"unknown {unknown}; there are {', '.join(STAGES)}", param_hint=option)
     return tuple(stage for stage in STAGES if stage in wanted)
 
 
@@ -901,6 +948,14 @@ def _print_first(table: pd.DataFrame, output: Format) -> None:
 
 def _text(table: pd.DataFrame) -> str:
     from rich.console import Console
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    with console.capture() as capture:
+        console.print(_grid(table))
+    return capture.get().rstrip()
+
+
+def _grid(table: pd.DataFrame) -> Table:
     from rich.table import Table
     from rich.text import Text
 
@@ -910,10 +965,7 @@ def _text(table: pd.DataFrame) -> str:
         grid.add_column(Text(str(name)), justify="right" if number else "left", overflow="fold")
     for row in table.itertuples(index=False):
         grid.add_row(*(Text(_cell(value)) for value in row))
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
-    with console.capture() as capture:
-        console.print(grid)
-    return capture.get().rstrip()
+    return grid
 
 
 def _cell(value: object) -> str:

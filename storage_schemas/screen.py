@@ -26,6 +26,7 @@ PROFILES_IMPORT = "profiles_import"  # the key of a manifest's configuration tha
 
 Stage = Literal["segment", "train", "embed", "index", "statistics", "evaluate", "report"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
+_TABLES = {"segment": "cells", "embed": "embeddings"}  # folders of the tables that commit units
 
 # Calls a function with each of some texts; results in order, as of :func:`map`.
 Mapped = Callable[[Callable[[str], str], Sequence[str]], Iterable[str]]
@@ -278,7 +279,16 @@ class Screen:
 
     def done_units(self, stage: Literal["segment", "embed"]) -> set[WellKey]:
         """Wells whose table is there."""
-        return set(self._owner(stage)._listed("cells" if stage == "segment" else "embeddings", ".parquet"))
+        return set(self._owner(stage)._listed(_TABLES[stage], ".parquet"))
+
+    def commit_times(self, stage: Literal["segment", "embed"]) -> dict[WellKey, float]:
+        """Wells whose table is there -> when it was written, in seconds since the epoch by the store's clock."""
+        found = {}
+        for path, written in store.list_times(self._owner(stage)._path(_TABLES[stage])).items():
+            plate, _, name = path.rpartition("/")
+            if name.endswith(".parquet"):
+                found[WellKey(plate, name.removesuffix(".parquet"))] = written
+        return found
 
     def outputs(self, stage: Stage, mapped: Mapped = ahead) -> list[str]:
         """What tells one output of a stage from another of the same fingerprint.

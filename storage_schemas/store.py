@@ -11,7 +11,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -84,6 +84,25 @@ def list_names(url: str) -> list[str]:
     # A file lists itself, and so does an object that stands for a folder.
     names = {entry.rpartition("/")[2] for entry in entries if entry != path.rstrip("/")}
     return sorted(name for name in names if name and not name.endswith(".partial"))
+
+
+def list_times(url: str) -> dict[str, float]:
+    """Path below a folder -> when it was last written, in seconds since the epoch, of every file; by one listing."""
+    fs, path = filesystem(url)
+    found = {}
+    if isinstance(fs, LocalFileSystem):
+        for folder, _, names in os.walk(path):
+            for name in names:
+                with suppress(FileNotFoundError):  # a writer has renamed it meanwhile
+                    file = os.path.join(folder, name)
+                    found[os.path.relpath(file, path)] = os.stat(file).st_mtime
+        return found
+    with suppress(FileNotFoundError):
+        for entry, info in fs.find(path, detail=True, refresh=True).items():
+            # What it is called differs among drivers.
+            written = next(info[name] for name in ("LastModified", "last_modified", "mtime", "created") if name in info)
+            found[entry[len(path) :].strip("/")] = written.timestamp() if hasattr(written, "timestamp") else written
+    return found
 
 
 def read_bytes(url: str) -> bytes:

@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
+import os
+import subprocess
+import sys
 import time
 import urllib.request
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import ray
 from conftest import Command
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
+from s3_server import S3Server
 
 from pipelines import events
 from pipelines.cluster import ActorCpus, check_room, embedding_cpus, training_cpus
 from pipelines.config import ResourcesConfig
 from pipelines.metrics import StageMetrics, names, set_counts
 from pipelines.progress import progress
+from pipelines.status import glance, rate_of, watch
 from pipelines.units import Work, run_units
-from storage_schemas.errors import InputError
+from storage_schemas import store
+from storage_schemas.errors import InputError, StoreError
 from storage_schemas.keys import WellKey
-from storage_schemas.screen import Manifest, Screen
+from storage_schemas.screen import Failure, Manifest, Screen, Stage, StageRecord
 
 SECRET = "s3://AKIA0:se/cr3t@store:9000/bucket/screen"
 
@@ -166,6 +174,9 @@ def test_mistake_of_ours_is_one_line_with_its_traceback(
         command("status", tmp_path)
 
 
+WELLS = [WellKey("p", f"{row}{column:02}") for row in "AB" for column in (1, 2, 3)]
+
+
 # --- metrics ---------------------------------------------------------------------------------
 
 
@@ -207,8 +218,7 @@ def screen(tmp_path: Path) -> Screen:
 
 
 def test_prometheus_is_told_what_the_run_counted_and_workers_log_each_unit(local_ray: None, screen: Screen) -> None:
-    wells = [WellKey("p", f"{row}{column:02}") for row in "AB" for column in (1, 2, 3)]
-    run_units(screen, "embed", wells, Work(sleeping(), num_cpus=0.5), max_failed_share=1)
+    run_units(screen, "embed", WELLS, Work(sleeping(), num_cpus=0.5), max_failed_share=1)
     set_counts(screen.url, "embed", {"cells": 7})
     port = ray.nodes()[0]["MetricsExportPort"]
     found = scraped(port, lambda seen: seen.get("ray_screening_units_left") == 0, screen="counted", stage="embed")
@@ -232,8 +242,8 @@ def test_prometheus_is_told_what_the_run_counted_and_workers_log_each_unit(local
         for line in log.read_text().splitlines()
         if '"event": "unit_' in line and '"stage": "embed"' in line
     ]
-    ended = {line["unit"]: line["event"] for line in logged if line["unit"] in map(str, wells)}
-    assert ended == {str(well): f"unit_{'failed' if well.well.endswith('01') else 'done'}" for well in wells}
+    ended = {line["unit"]: line["event"] for line in logged if line["unit"] in map(str, WELLS)}
+    assert ended == {str(well): f"unit_{'failed' if well.well.endswith('01') else 'done'}" for well in WELLS}
     (first, _) = [line for line in logged if line["event"] == "unit_failed"]
     assert (first["kind"], first["error"]) == ("ValueError", "first column")
     assert 'raise ValueError("first column")' in first["traceback"]
@@ -244,6 +254,167 @@ def test_metrics_name_no_secret_and_need_no_ray() -> None:
     counted = StageMetrics("s3://AKIA0:cr3t@bucket", "segment", 1)
     counted.ended("done", 1.0)  # of a process without Ray
     assert counted._tags == {"screen": "***@bucket", "stage": "segment"}
+
+
+# --- how far it is ---------------------------------------------------------------------------
+
+
+def begin(screen: Screen, stage: Stage, **record: Any) -> None:
+    screen.write_record(stage, StageRecord.model_validate({"fingerprint": "x", "counts": {"wells": 6}, **record}))
+
+
+def commit(screen: Screen, wells: Sequence[WellKey], written: float | None = None) -> None:
+    for well in wells:
+        store.write_bytes(screen.cells(well), b"cells")
+        if written is not None:
+            os.utime(screen.cells(well), (written, written))
+
+
+def row_of(screen: Screen, stage: str, now: float) -> dict[str, Any]:
+    seen = glance(screen, now)
+    (row,) = seen[seen["stage"] == stage].to_dict("records")
+    return {str(name): None if pd.isna(value) else value for name, value in row.items()}
+
+
+def test_rate_is_of_the_commits_of_late(screen: Screen) -> None:
+    begin(screen, "segment")
+    now = time.time()
+    commit(screen, WELLS[:1], now - 4000)  # of an earlier run
+    assert row_of(screen, "segment", now)["per_minute"] is None
+    commit(screen, WELLS[1:2], now - 120)
+    commit(screen, WELLS[2:4], now - 60)
+    screen.write_failures("segment", WELLS[3], [Failure(f"{WELLS[3]}/1", "dark", "is")])
+    screen.write_failures("segment", WELLS[4], [Failure(str(WELLS[4]), "dark", "is")])
+    seen = row_of(screen, "segment", now)
+    assert (seen["state"], seen["done"], seen["failed"], seen["left"]) == ("begun", 4, 2, 1)
+    assert seen["per_minute"] == pytest.approx(2 / 2)
+    assert seen["minutes_left"] == pytest.approx(1.0)
+    assert seen["idle_minutes"] == pytest.approx(1.0, abs=0.05)
+    assert row_of(screen, "train", now)["state"] == "not begun"
+
+
+@given(st.lists(st.floats(0, 1e4), max_size=20), st.floats(0, 1e4))
+def test_rate_against_a_loop(times: list[float], now: float) -> None:
+    recent = sorted(moment for moment in times if now - moment <= 300)
+    rate = rate_of(times, now)
+    if len(recent) < 2 or max(now, recent[-1]) == recent[0]:
+        assert rate is None
+    else:
+        expected = 0.0
+        for _ in recent[1:]:
+            expected += 60 / (max(now, recent[-1]) - recent[0])
+        assert rate == pytest.approx(expected)
+
+
+def test_a_glance_reads_no_table_and_lists_what_is_at_work_alone(
+    screen: Screen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin(screen, "segment", done=True, counts={"wells": 6, "done": 5, "failed": 1, "cells": 1234})
+    begin(screen, "embed")
+    asked: list[str] = []
+    for name in ("read_bytes", "list_names", "list_times"):
+        true = getattr(store, name)
+        monkeypatch.setattr(store, name, lambda url, true=true: asked.append(url) or true(url))
+    seen = row_of(screen, "segment", time.time())
+    assert (seen["done"], seen["failed"], seen["left"], seen["counts"]) == (5, 1, 0, "cells 1,234")
+    below = [url.removeprefix(f"{screen.url}/") for url in asked]
+    assert sorted(below) == ["embeddings", "failures/embed", "manifest.json"]
+
+
+def test_watching_goes_on_over_a_store_that_does_not_answer(
+    screen: Screen, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[pd.DataFrame] = []
+    looks = 0
+
+    def sleep(seconds: float) -> None:
+        nonlocal looks
+        looks += 1
+        assert seconds >= 0.5
+        if looks == 3:
+            monkeypatch.undo()
+            begin(screen, "report", done=True, counts={})
+
+    true = Screen.read_manifest
+
+    def read_manifest(self: Screen) -> Manifest:
+        if looks == 1:
+            raise StoreError(self.manifest_url, "503 SlowDown")
+        return true(self)
+
+    monkeypatch.setattr(Screen, "read_manifest", read_manifest)
+    watch(screen, "report", 0.5, seen.append, sleep=sleep)
+    assert len(seen) == 3  # before the trouble, after it, and at the end
+    assert "503 SlowDown" in capsys.readouterr().err
+
+    def refused(self: Screen) -> Manifest:
+        raise StoreError(self.manifest_url, "access denied", lasting=True)
+
+    monkeypatch.setattr(Screen, "read_manifest", refused)
+    with pytest.raises(StoreError, match="access denied"):
+        watch(screen, "report", 0.5, seen.append, sleep=sleep)
+
+
+@pytest.mark.parametrize("output", ["table", "json", "csv"])
+def test_watched_from_another_process_until_it_is_done(output: str, screen: Screen) -> None:
+    begin(screen, "segment")
+    command = "from screening.cli import main; main()"
+    watching = subprocess.Popen(
+        [sys.executable, "-c", command, "status", screen.url, "--watch", "--every", "0.1", "--format", output],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert watching.stdout is not None
+    said = [watching.stdout.readline()]  # it looks
+    if output == "csv":
+        said.append(watching.stdout.readline())
+    for number in range(1, 4):
+        commit(screen, WELLS[:number])
+        said.append(watching.stdout.readline())
+    screen.write_failures("segment", WELLS[5], [Failure(str(WELLS[5]), "dark", "no light")])
+    said.append(watching.stdout.readline())
+    begin(screen, "segment", done=True, counts={"wells": 6, "done": 5, "failed": 1, "cells": 70})
+    begin(screen, "report", done=True, counts={})
+    rest, _ = watching.communicate(timeout=30)
+    said += rest.splitlines()
+    assert watching.returncode == 0
+    if output == "json":
+        rows = [json.loads(line) for line in said]
+        assert [row["done"] for row in rows if row["stage"] == "segment"] == [0, 1, 2, 3, 3, 5]
+        assert rows[-1]["stage"] == "report"
+        assert rows[3]["per_minute"] > 0
+    elif output == "csv":
+        rows = list(csv.DictReader(said))
+        assert [row["done"] for row in rows if row["stage"] == "segment"] == ["0", "1", "2", "3", "3", "5"]
+    else:
+        assert said[1] == "segment: begun, 1 wells done, 5 left\n"
+        assert any("wells a minute, about" in line for line in said)
+        assert any(line.startswith("segment: done, 5 wells done, 0 left, 1 failed, cells 70") for line in said)
+        assert any("no light" in line for line in said)
+
+
+def test_watching_ends_at_the_stage_that_it_is_told(command: Command, screen: Screen) -> None:
+    begin(screen, "segment", done=True, counts={"wells": 6, "done": 6, "failed": 0})
+    done = command("status", screen.url, "--watch", "--until", "segment")
+    assert done.code == 0
+    assert done.out == "segment: done, 6 wells done, 0 left\n"
+    assert command("status", screen.url, "--watch", "--until", "cutting").code == 2
+
+
+def test_a_screen_on_object_storage_is_watched_as_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    with S3Server() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        screen = Screen(server.url("watched"))
+        screen.write_manifest(Manifest(software={}, config={}, inputs=""))
+        begin(screen, "segment")
+        assert row_of(screen, "segment", time.time())["done"] == 0
+        commit(screen, WELLS[:3])
+        # S3 knows whole seconds only.
+        seen = row_of(screen, "segment", time.time() + 5)
+        assert (seen["done"], seen["left"]) == (3, 3)
+        assert seen["per_minute"] > 0
+        assert screen.commit_times("segment").keys() == set(WELLS[:3])
 
 
 # --- what actors ask for ---------------------------------------------------------------------
