@@ -18,6 +18,7 @@ import ray
 import torch
 
 from pipelines.cluster import READER_CPUS
+from pipelines.units import is_passing
 from screening.augmentation import AugmentConfig, apply, draw
 from screening.splits import CELL, is_of_cells, parts_of
 from screening.training import TrainingError
@@ -207,7 +208,7 @@ class BatchStream:
         try:
             batch = ray.get(self._ahead.popleft())
         except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, InputError):
+            if isinstance(error.cause, InputError) and not is_passing(error.cause):
                 raise TrainingError(str(error.cause)) from error
             raise
         self._ask(1)

@@ -17,7 +17,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, Literal, TypeAlias
@@ -33,6 +33,7 @@ from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
+from pipelines import events
 from pipelines.clip_batches import BatchStream, ClipTable, clip_table
 from pipelines.cluster import training_cpus
 from pipelines.config import ConfigError, ResourcesConfig, RunConfig, configuration_of, with_cells_of
@@ -58,7 +59,7 @@ from storage_schemas.checkpoint import (
     write_checkpoint,
 )
 from storage_schemas.clips import channel_names, open_clips
-from storage_schemas.errors import InputError, SchemaError
+from storage_schemas.errors import InputError, SchemaError, StoreError
 from storage_schemas.screen import Screen
 from storage_schemas.screen import fingerprint as digest
 from storage_schemas.tables import SPLIT, TRAINING_METRICS, write_table
@@ -74,6 +75,7 @@ _NORMALISATION_CLIPS = 2048  # clips that the normalisation is measured on
 _VALIDATION_BATCH = 64
 _STREAMS: dict[PhaseName, tuple[int, int]] = {"pretrain": (6, 7), "train": (2, 3)}  # of random numbers: plan, changes
 _STARTS = 5  # times that Ray Train waits a minute for room, which a cluster that grows has by then
+_RESTARTED = {"max_restarts": -1, "max_task_retries": -1}
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 
@@ -171,7 +173,7 @@ def train(
         cache_bytes=config.resources.train_cache_mb * 2**20,
         fingerprint=fingerprint,
         # Beside the driver: on a node that is lost it would take the training with it.
-        events=Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here}),
+        events=Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here, **_RESTARTED}),
     )
     if not _validates(job):
         notes.append("no validation wells: the last epoch is kept, not the best")
@@ -296,7 +298,6 @@ def _fit(resources: ResourcesConfig, screen: Screen, job: _Job, log: Log, on_epo
         "GPU": resources.train_gpus,
         "memory": float(resources.train_memory_mb * 2**20),
     }
-    _mend(store.join(screen.training_runs, job.fingerprint))
     trainer = ray.train.torch.TorchTrainer(
         _worker,
         train_loop_config={"job": job},
@@ -320,8 +321,13 @@ def _fit(resources: ResourcesConfig, screen: Screen, job: _Job, log: Log, on_epo
     watcher = threading.Thread(target=_watch, args=(screen, job, log, on_epoch, stop), daemon=True)
     watcher.start()
     try:
-        result = trainer.fit()
-    except (ray.train.TrainingFailedError, ray.exceptions.RayTaskError, InputError) as error:
+        result = _controlled(trainer, store.join(screen.training_runs, job.fingerprint), resources.train_max_failures)
+    except (
+        ray.train.TrainingFailedError,
+        ray.exceptions.RayTaskError,
+        ray.exceptions.RayActorError,
+        InputError,
+    ) as error:
         # Its frames hold what Ray Train runs on, which would keep its room in the cluster.
         raise _explained(error.with_traceback(None), resources) from None
     finally:
@@ -331,6 +337,19 @@ def _fit(resources: ResourcesConfig, screen: Screen, job: _Job, log: Log, on_epo
     assert result.checkpoint is not None, "each epoch reports a checkpoint"
     path: str = result.checkpoint.path
     return path if store.is_local(screen.url) else f"{screen.url.partition('://')[0]}://{path}"
+
+
+def _controlled(trainer: ray.train.torch.TorchTrainer, folder: str, failures: int) -> ray.train.Result:
+    """Train, and go on from the last checkpoint if the process is lost that watches over Ray Train's workers."""
+    for left in range(failures, -1, -1):
+        _mend(folder)
+        try:
+            return trainer.fit()
+        except ray.exceptions.RayActorError as error:
+            if not left:
+                raise
+            events.warning("training_restarted", f"train: started again: {error}", error=str(error))
+    raise AssertionError("it returns or raises")
 
 
 class _EndOnMistake(ray.train.UserCallback):
@@ -345,10 +364,10 @@ class _EndOnMistake(ray.train.UserCallback):
 
 
 def _mistake(error: BaseException | None) -> InputError | None:
-    """What the user can mend, among the causes of an error."""
+    """What the user can mend, among the causes of an error; a store that does not answer for now is no such thing."""
     while error is not None and not isinstance(error, InputError):
         error = _inner(error)
-    return error
+    return None if isinstance(error, StoreError) and not error.lasting else error
 
 
 def _explained(error: BaseException, resources: ResourcesConfig) -> StageError:
@@ -413,7 +432,9 @@ def _watch(screen: Screen, job: _Job, log: Log, on_epoch: OnEpoch | None, stop: 
             shown = {name: metrics[name] for name in ("loss", "accuracy", "validation_map") if name in metrics}
             advance(phase + ", ".join(f"{name} {value:.3g}" for name, value in shown.items()))
             log(len(history), {f"{metrics['phase']}/{name}": value for name, value in _numbers(metrics).items()})
-            _write_metrics(screen, history, job.fingerprint)
+            # All are written once more in the end, and what a store refuses for good is met by the workers, too.
+            with suppress(StoreError):
+                _write_metrics(screen, history, job.fingerprint)
             if on_epoch is not None:
                 on_epoch(metrics)
 

@@ -36,7 +36,7 @@ from screening.initialisation import CheckpointWeights
 from screening.training import TrainingError
 from storage_schemas.checkpoint import CheckpointManifest, read_manifest, read_weights, write_checkpoint
 from storage_schemas.clips import read_clips
-from storage_schemas.errors import InputError
+from storage_schemas.errors import InputError, StoreError
 from storage_schemas.keys import WellKey
 from storage_schemas.screen import Manifest, Screen
 from storage_schemas.tables import TRAINING_METRICS, open_table
@@ -329,6 +329,33 @@ def test_a_mistake_among_the_errors_of_workers_ends_the_training() -> None:
     nested.__cause__ = TrainingError("the loss is nan (p1/A01/0/1)")
     with pytest.raises(StageError, match=r"^train: the loss is nan \(p1/A01/0/1\)\nanother$"):
         ending.after_exception(None, {2: TrainingError("another"), 1: nested, 0: collateral})
+
+
+def test_a_store_that_does_not_answer_is_no_mistake() -> None:
+    """Ray Train tries again what is not raised here."""
+    ending = train._EndOnMistake()
+    ending.after_exception(None, {0: StoreError("s3://bucket/clips", "slow down")})
+    with pytest.raises(StageError, match="access denied"):
+        ending.after_exception(None, {0: StoreError("s3://bucket/clips", "access denied", lasting=True)})
+
+
+class Controlled:
+    """A training whose controller is lost at first."""
+
+    def __init__(self, lost: int) -> None:
+        self.lost = lost
+
+    def fit(self) -> str:
+        self.lost -= 1
+        if self.lost >= 0:
+            raise ray.exceptions.ActorDiedError()
+        return "trained"
+
+
+def test_a_lost_controller_is_replaced_as_often_as_workers_may_fail(tmp_path: Path) -> None:
+    assert train._controlled(Controlled(2), str(tmp_path), failures=2) == "trained"
+    with pytest.raises(ray.exceptions.RayActorError):
+        train._controlled(Controlled(3), str(tmp_path), failures=2)
 
 
 def test_running_out_of_memory_is_said_and_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
