@@ -91,6 +91,8 @@ def _connect(address: str, **options: Any) -> None:
         raise InputError(f"{absent} ({error})") from error
     try:
         ray.init(**options)
+    except RuntimeError as error:  # Ray checks its version and Python's first
+        raise InputError(f"RAY_ADDRESS={address}: {error}; install the same versions here and there") from error
     except (ConnectionError, ray.exceptions.AuthenticationError) as error:
         if not host:
             raise InputError(f"{absent} ({error})") from error

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import ipaddress
 import os
+import platform
 import re
 import resource
 import shutil
+import socket
+import subprocess
+import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,8 +25,10 @@ import pandas as pd
 import psutil
 import ray
 from packaging.requirements import InvalidRequirement, Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from pipelines import events
 from pipelines.cluster import cluster, cluster_address
 from pipelines.config import ResourcesConfig
 from storage_schemas import store
@@ -30,6 +39,24 @@ State = Literal["ok", "warning", "wrong"]
 _MIN_MEMORY = 4 * 2**30  # bytes that a run of the defaults should find free
 _MIN_DISK = 10 * 2**30  # bytes for what Ray spills and logs
 _MIN_FILES = 4096  # files that a process may hold open; each worker of Ray costs the raylet a few
+_MIN_INODES = 100_000  # files that Ray may still make there
+_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"  # below the temporary folder
+_LONGEST_SOCKET = 107  # bytes that Linux takes
+_PROBE = 8 * 2**20  # bytes that are written and read to see how fast a store is
+_SLOW = 10.0  # seconds for that, above which a run waits for its store
+_MAX_SKEW = 60.0  # seconds between the clocks of a store and of this machine; S3 refuses at 15 minutes
+_ANSWERS = 20.0  # seconds for a cluster's head to answer a stranger
+
+# Exits with 0 if the core of the cluster at an address answers somebody without a token, and with 3 if it refuses.
+_STRANGER = """
+import sys
+from ray._raylet import GcsClient
+from ray.exceptions import AuthenticationError
+try:
+    GcsClient(address=sys.argv[1]).internal_kv_keys(b"", namespace=b"screening", timeout=5)
+except AuthenticationError:
+    sys.exit(3)
+"""
 
 
 @dataclass(frozen=True)
@@ -58,9 +85,9 @@ def examine(urls: Sequence[str] = ()) -> pd.DataFrame:
     Returns:
         A row a finding: check, state, found, mend.
     """
-    checks: list[Callable[[], Iterator[Finding]]] = [_packages, _torch, _machine, _gpus, _auth, _ray]
+    checks: list[Callable[[], Iterator[Finding]]] = [_packages, _torch, _machine, _gpus, _auth, _ray, _open_clusters]
     findings = [finding for check in checks for finding in check()]
-    findings += [_storage(url) for url in urls]
+    findings += [finding for url in urls for finding in _storage(url)]
     return pd.DataFrame([asdict(finding) for finding in findings])
 
 
@@ -68,7 +95,7 @@ def examine(urls: Sequence[str] = ()) -> pd.DataFrame:
 
 
 def _packages() -> Iterator[Finding]:
-    """Whether what is installed lies in the ranges that the package was written to."""
+    """Whether Python and what is installed lie in the ranges that the package was written to."""
     wanted = [Requirement(line) for line in importlib.metadata.requires("screening") or []]
     wrong = []
     needed = [requirement for requirement in wanted if requirement.marker is None or requirement.marker.evaluate()]
@@ -80,7 +107,11 @@ def _packages() -> Iterator[Finding]:
             continue
         if not requirement.specifier.contains(version, prereleases=True):
             wrong.append(f"{requirement.name} {version} is not {requirement.specifier}")
-    shown = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("screening", "ray", "numpy", "zarr"))
+    python = platform.python_version()
+    if not SpecifierSet(importlib.metadata.metadata("screening")["Requires-Python"]).contains(python):
+        wrong.append(f"Python {python} is too old")
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("screening", "ray", "numpy", "zarr")]
+    shown = ", ".join([f"Python {python}", *versions])
     if wrong:
         mend = "pip install --constraint constraints.txt ."
         yield Finding("packages", "wrong", "; ".join(wrong), mend)
@@ -131,16 +162,47 @@ def _build(package: str) -> str:
 # --- the machine ------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Limits:
+    """What the control groups of a process allow it: CPUs and bytes; None where they do not limit it."""
+
+    cpus: float | None
+    memory: float | None
+
+
+def _limits(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> _Limits:
+    """Read the limits of this process's control groups and of those above them, of version 2 or 1."""
+    cpus, memory = [], []
+    for entry in own.read_text().splitlines() if own.is_file() else ():
+        _, controllers, path = entry.split(":", 2)
+        kinds = controllers.split(",") if controllers else [""]
+        for kind in {"", "cpu", "memory"} & set(kinds):
+            for folder in (groups / kind / path.lstrip("/"), *(groups / kind / path.lstrip("/")).parents):
+                if not folder.is_relative_to(groups / kind):
+                    break
+                cpus.append(_cpu_quota(folder))
+                memory += [_number(folder / "memory.max"), _number(folder / "memory.limit_in_bytes")]
+    return _Limits(min(filter(None, cpus), default=None), min(filter(None, memory), default=None))
+
+
+def _cpu_quota(folder: Path) -> float | None:
+    if (folder / "cpu.max").is_file():
+        quota, period = (folder / "cpu.max").read_text().split()
+        return None if quota == "max" else float(quota) / float(period)
+    quota_us, period_us = (_number(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
+    return quota_us / period_us if quota_us and period_us else None
+
+
+def _number(path: Path) -> float | None:
+    """A number above 0 that a file holds alone; None for no file, ``max`` and -1."""
+    text = path.read_text().strip() if path.is_file() else ""
+    return float(text) if text.isdecimal() and int(text) else None
+
+
 def _machine() -> Iterator[Finding]:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    yield Finding("CPUs", "ok", f"{usable} that this process may use")
-    memory = psutil.virtual_memory()
-    found = f"{_gib(memory.available)} of {_gib(memory.total)} free"
-    if memory.available < _MIN_MEMORY:
-        mend = f"a run wants about {_gib(_MIN_MEMORY)}: end what else runs, or lower resources.cpus"
-        yield Finding("memory", "warning", found, mend)
-    else:
-        yield Finding("memory", "ok", found)
+    limits = _limits()
+    yield _cpus(limits)
+    yield _memory(limits)
     yield from _disks()
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if files != resource.RLIM_INFINITY and files < _MIN_FILES:
@@ -149,21 +211,54 @@ def _machine() -> Iterator[Finding]:
         yield Finding("open files", "ok", "no limit" if files == resource.RLIM_INFINITY else f"at most {files}")
 
 
+def _cpus(limits: _Limits) -> Finding:
+    """Whether Ray would start as many workers as there are CPUs for."""
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    usable = min(there, limits.cpus or there)
+    counted = ray._private.utils.get_num_cpus()
+    found = f"{usable:g} that this process may use"
+    if counted > max(1.0, usable):
+        mend = f"Ray counts {counted} here and would crowd them: set resources.cpus={max(1, int(usable))}"
+        return Finding("CPUs", "warning", found, mend)
+    return Finding("CPUs", "ok", found)
+
+
+def _memory(limits: _Limits) -> Finding:
+    memory = psutil.virtual_memory()
+    limited = limits.memory is not None and limits.memory < memory.total
+    total = limits.memory if limited and limits.memory else memory.total
+    free = min(memory.available, total)
+    found = f"{_gib(free)} of {_gib(total)} free{' (the limit of its control group)' if limited else ''}"
+    if free < _MIN_MEMORY:
+        mend = f"a run wants about {_gib(_MIN_MEMORY)}: end what else runs, raise the limit, or lower resources.cpus"
+        return Finding("memory", "warning", found, mend)
+    return Finding("memory", "ok", found)
+
+
 def _disks() -> Iterator[Finding]:
     temporary = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
-    free = shutil.disk_usage(temporary).free
-    if free < _MIN_DISK:
+    disk = os.statvfs(temporary)
+    free, inodes = disk.f_bavail * disk.f_frsize, disk.f_favail
+    found = f"{temporary}: {_gib(free)} free"
+    if len(os.fsencode(temporary)) + len(_SOCKET) > _LONGEST_SOCKET:
+        mend = f"Ray's sockets would have names of more than {_LONGEST_SOCKET} bytes: name a shorter RAY_TMPDIR"
+        yield Finding("temporary disk", "wrong", found, mend)
+    elif free < _MIN_DISK:
         mend = f"Ray spills and logs there; make {_gib(_MIN_DISK)} free or name another disk by RAY_TMPDIR"
-        yield Finding("temporary disk", "warning", f"{temporary}: {_gib(free)} free", mend)
+        yield Finding("temporary disk", "warning", found, mend)
+    elif disk.f_files and inodes < _MIN_INODES:
+        mend = "Ray spills and logs there; remove small files or name another disk by RAY_TMPDIR"
+        yield Finding("temporary disk", "warning", f"{found}, for {inodes:,} more files", mend)
     else:
-        yield Finding("temporary disk", "ok", f"{temporary}: {_gib(free)} free")
+        yield Finding("temporary disk", "ok", found)
     shared = Path("/dev/shm")
     if shared.is_dir():
         free = shutil.disk_usage(shared).free
         wanted = ResourcesConfig().object_store_mb
         if free < wanted * 2**20:
             mend = (
-                f"Ray's object store wants {wanted} MiB there (resources.object_store_mb); in a container: --shm-size"
+                f"Ray's object store wants {wanted} MiB there (resources.object_store_mb) and would be slow on the "
+                "temporary disk; in a container: --shm-size"
             )
             yield Finding("shared memory", "warning", f"{_gib(free)} free", mend)
         else:
@@ -174,15 +269,41 @@ def _gpus() -> Iterator[Finding]:
     import torch
 
     if torch.cuda.is_available():
-        names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-        mend = "" if ResourcesConfig().train_gpus else "set resources.train_gpus and resources.embed_gpus to use them"
-        yield Finding("GPUs", "ok", ", ".join(names), mend)
+        devices = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+        names = [f"{device.name} ({device.major}.{device.minor}, {_gib(device.total_memory)})" for device in devices]
+        found = f"{', '.join(names)}; driver {_driver()}, CUDA {torch.version.cuda} in torch"
+        built = torch.cuda.get_arch_list()
+        if any(not _runs_on(built, device.major, device.minor) for device in devices):
+            mend = f"this torch is built for {', '.join(built)}: install a build of it for the GPU's capability"
+            yield Finding("GPUs", "wrong", found, mend)
+        else:
+            mend = "" if ResourcesConfig().train_gpus else "set resources.train_gpus and resources.embed_gpus to use it"
+            yield Finding("GPUs", "ok", found, mend)
     elif Path("/dev/nvidia0").exists():
         cause = "torch is built for CPUs" if torch.version.cuda is None else "its driver does not work (nvidia-smi)"
         mend = "install the CUDA build of the same version of torch, or mend the driver"
-        yield Finding("GPUs", "wrong", f"there is one, and {cause}", mend)
+        yield Finding("GPUs", "wrong", f"there is one, driver {_driver()}, and {cause}", mend)
     else:
         yield Finding("GPUs", "ok", "none")
+
+
+def _driver(told: Path = Path("/proc/driver/nvidia/version")) -> str:
+    """The version of NVIDIA's driver."""
+    version = re.search(r"Module\s+(?:for \S+\s+)?(\d[\d.]*)", told.read_text()) if told.is_file() else None
+    return version[1] if version else "unknown"
+
+
+def _runs_on(built: Sequence[str], major: int, minor: int) -> bool:
+    """Whether code built for these runs: binaries within a major version, intermediate code on all later ones."""
+    for architecture in built:
+        kind, _, digits = architecture.partition("_")
+        version = re.match(r"\d+", digits)
+        if version is None:
+            continue
+        of = (int(version[0]) // 10, int(version[0]) % 10)
+        if of <= (major, minor) and (kind == "compute" or of[0] == major):
+            return True
+    return False
 
 
 # --- Ray --------------------------------------------------------------------------------------
@@ -201,6 +322,9 @@ def _auth() -> Iterator[Finding]:
         state: State = "wrong" if cluster_address() and mode else "warning" if cluster_address() else "ok"
         mend = "ray get-auth-token --generate, or copy the cluster's token there" if cluster_address() else ""
         yield Finding("authentication", state, f"{shown} ({path})", mend)
+    elif path.is_file() and not path.read_text(encoding="utf-8", errors="replace").strip():
+        mend = f"rm {path}; ray get-auth-token --generate, or copy the cluster's token there"
+        yield Finding("authentication", "wrong", f"{shown}, which is empty ({path})", mend)
     elif path.is_file() and path.stat().st_mode & 0o077:
         yield Finding("authentication", "warning", f"{shown}, which others can read", f"chmod 600 {path}")
     else:
@@ -208,7 +332,7 @@ def _auth() -> Iterator[Finding]:
 
 
 def _ray() -> Iterator[Finding]:
-    """Whether the cluster that ``RAY_ADDRESS`` names lets us in, and what it has."""
+    """Whether the cluster that ``RAY_ADDRESS`` names lets us in, what it has, and where its dashboard listens."""
     address = cluster_address()
     if not address:
         yield Finding("Ray", "ok", "no RAY_ADDRESS: a run starts Ray on this machine")
@@ -217,39 +341,124 @@ def _ray() -> Iterator[Finding]:
         with cluster(ResourcesConfig()):
             there = ray.cluster_resources()
             alive = sum(node["Alive"] for node in ray.nodes())
+            dashboard = ray._private.worker.get_dashboard_url() or ""
     except InputError as error:
         yield Finding("Ray", "wrong", f"RAY_ADDRESS={address}", str(error))
         return
     cpus, gpus = there.get("CPU", 0), there.get("GPU", 0)
     yield Finding("Ray", "ok", f"{address}: {alive} node(s), {cpus:g} CPUs, {gpus:g} GPUs now; it may grow by itself")
+    yield _dashboard(dashboard)
+
+
+def _dashboard(address: str) -> Finding:
+    """Whether the dashboard, which submits jobs too, can be reached from other machines."""
+    host = address.rpartition(":")[0].strip("[]")
+    if not host:
+        mend = "jobs cannot be submitted: install the extra cluster on the head (ray[default]) and start it again"
+        return Finding("dashboard", "warning", "none", mend)
+    if host == "localhost" or (re.fullmatch(r"[\d.]+|.*:.*", host) and ipaddress.ip_address(host).is_loopback):
+        return Finding("dashboard", "ok", f"{address}: reached from the head alone, or through `ray dashboard`")
+    mend = "ray start --head --dashboard-host=127.0.0.1, and reach it through `ray dashboard` or SSH"
+    return Finding("dashboard", "warning", f"{address}: other machines can reach it", mend)
+
+
+def _open_clusters() -> Iterator[Finding]:
+    """Whether a cluster of this machine, or the one that ``RAY_ADDRESS`` names, obeys somebody without a token."""
+    named = cluster_address()
+    addresses = {named} if ":" in named and "://" not in named else set()
+    answering = sorted(filter(_answers, addresses | _clusters_here()))
+    with ThreadPoolExecutor() as pool:
+        opened = [name for name, open_ in zip(answering, pool.map(_lets_strangers_in, answering), strict=True) if open_]
+    if opened:
+        mend = "start it with RAY_AUTH_MODE=token for all its processes: whoever reaches its ports can run commands"
+        yield Finding("strangers", "warning", f"let in by the Ray at {', '.join(opened)}", mend)
+    else:
+        yield Finding("strangers", "ok", "let in by no Ray that is known here")
+
+
+def _clusters_here() -> set[str]:
+    """Addresses of the clusters whose processes run on this machine."""
+    return set(ray._private.services.find_gcs_addresses())
+
+
+def _answers(address: str) -> bool:
+    """Whether anything listens there; the processes of other machines' namespaces may be seen and not reached."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), 1.0).close()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _lets_strangers_in(address: str) -> bool:
+    """Ask from a process that has no token and does not want one."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_TOKEN")}
+    try:
+        asked = subprocess.run(
+            [sys.executable, "-c", _STRANGER, address],
+            env={**environment, "RAY_AUTH_MODE": "disabled"},
+            capture_output=True,
+            timeout=_ANSWERS,
+        )
+    except subprocess.TimeoutExpired:
+        return False
+    return asked.returncode == 0
 
 
 # --- storage ----------------------------------------------------------------------------------
 
 
-def _storage(url: str) -> Finding:
-    """Whether a file can be written under a URL, read back, and removed."""
-    probe = store.join(url, f".screening-doctor-{uuid.uuid4().hex}")
-    data = b"screening"
+def _storage(url: str) -> Iterator[Finding]:
+    """Whether files can be written under a URL, read back, listed and removed; how fast, and by which clock."""
+    shown = events.masked(url)
+    folder = store.join(url, f".screening-doctor-{uuid.uuid4().hex}")
+    data = os.urandom(_PROBE)
     doing = "opened"
     try:
         store.filesystem(url)
-        doing = "listed"
-        store.list_names(url)
         doing = "written to"
-        store.write_bytes(probe, data)
+        start = time.monotonic()
+        store.write_bytes(store.join(folder, "large"), data)
+        written = time.monotonic() - start
         try:
             doing = "read back from"
-            if store.read_bytes(probe) != data:
-                return Finding("storage", "wrong", f"{url}: gives back other bytes than were written", "mend the store")
+            start = time.monotonic()
+            same = store.read_bytes(store.join(folder, "large")) == data
+            read = time.monotonic() - start
+            doing = "listed"
+            store.write_bytes(store.join(folder, "small"), b"screening")
+            now = time.time()
+            clock = store.list_times(folder)["small"]
+            start = time.monotonic()
+            store.read_bytes(store.join(folder, "small"))
+            latency = time.monotonic() - start
         finally:
-            store.remove(probe)
+            store.remove(folder)
     except InputError as error:
-        return Finding("storage", "wrong", f"{url}: cannot be {doing}", str(error))
+        yield Finding("storage", "wrong", f"{shown}: cannot be {doing}", events.masked(str(error)))
+        return
     except Exception as error:  # each store has errors of its own
         mend = "check the address, the network and the credentials that this machine has for it"
-        return Finding("storage", "wrong", f"{url}: cannot be {doing}: {type(error).__name__}", mend)
-    return Finding("storage", "ok", f"{url}: written, read and removed")
+        why = events.masked(f"{type(error).__name__}: {error}")
+        yield Finding("storage", "wrong", f"{shown}: cannot be {doing}: {why}", mend)
+        return
+    speed = f"{_speed(written)} written, {_speed(read)} read, a small file in {1000 * latency:.0f} ms"
+    found = f"{shown}: written, read, listed and removed; {speed}"
+    if not same:
+        yield Finding("storage", "wrong", f"{shown}: gives back other bytes than were written", "mend the store")
+    elif max(written, read) > _SLOW:
+        yield Finding("storage", "warning", found, "a run would wait for it: use a store nearer to the machines")
+    else:
+        yield Finding("storage", "ok", found)
+    if abs(clock - now) > _MAX_SKEW:
+        found = f"{shown}: its clock differs by {clock - now:+.0f} s from this machine's"
+        mend = "set the clocks (NTP): S3 refuses who is late, and `screening status --watch` tells wrong rates"
+        yield Finding("clock", "warning", found, mend)
+
+
+def _speed(seconds: float) -> str:
+    return f"{_PROBE / 2**20 / max(seconds, 1e-6):.0f} MiB/s"
 
 
 def _gib(size: float) -> str:
