@@ -6,6 +6,7 @@ import csv
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import time
@@ -19,9 +20,11 @@ from typing import Any
 import pandas as pd
 import pytest
 import ray
+import yaml
 from conftest import Command
 from hypothesis import given
 from hypothesis import strategies as st
+from machines import machines
 from prometheus_client.parser import text_string_to_metric_families
 from s3_server import S3Server
 
@@ -30,7 +33,7 @@ from pipelines.cluster import ActorCpus, check_room, embedding_cpus, training_cp
 from pipelines.config import ResourcesConfig
 from pipelines.metrics import StageMetrics, names, set_counts
 from pipelines.progress import progress
-from pipelines.status import glance, rate_of, watch
+from pipelines.status import glance, rate_of, stage_table, watch
 from pipelines.units import Work, run_units
 from storage_schemas import store
 from storage_schemas.errors import InputError, StoreError
@@ -180,18 +183,24 @@ WELLS = [WellKey("p", f"{row}{column:02}") for row in "AB" for column in (1, 2, 
 # --- metrics ---------------------------------------------------------------------------------
 
 
+def samples(text: str, **tags: str) -> dict[str, float]:
+    """Name and remaining tags -> value of the samples that have these tags."""
+    found = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if tags.items() <= sample.labels.items():
+                which = [sample.labels[tag] for tag in ("outcome", "what", "le") if tag in sample.labels]
+                found[" ".join([sample.name, *which])] = sample.value
+    return found
+
+
 def scraped(port: int, wanted: Callable[[dict[str, float]], bool], **tags: str) -> dict[str, float]:
-    """Name and remaining tags -> value of the samples that have these tags, once they are as wanted."""
+    """The samples that have these tags, once they are as wanted."""
     end = time.monotonic() + 40
     found: dict[str, float] = {}
     while time.monotonic() < end:
         text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
-        found = {}
-        for family in text_string_to_metric_families(text):
-            for sample in family.samples:
-                if tags.items() <= sample.labels.items():
-                    which = [sample.labels[tag] for tag in ("outcome", "what", "le") if tag in sample.labels]
-                    found[" ".join([sample.name, *which])] = sample.value
+        found = samples(text, **tags)
         if wanted(found):
             return found
         time.sleep(0.5)
@@ -254,6 +263,66 @@ def test_metrics_name_no_secret_and_need_no_ray() -> None:
     counted = StageMetrics("s3://AKIA0:cr3t@bucket", "segment", 1)
     counted.ended("done", 1.0)  # of a process without Ray
     assert counted._tags == {"screen": "***@bucket", "stage": "segment"}
+
+
+@pytest.mark.slow
+def test_prometheus_scrapes_a_cluster_and_a_job_logs_lines(
+    small_screen: Path, small_settings: list[str], tmp_path: Path
+) -> None:
+    """As on a cluster: Ray tells Prometheus where to ask, and what it is answered is what the screen has counted."""
+    out = tmp_path / "scraped"
+    with machines(tmp_path, "head") as (head,):
+        head.check("ray", "get-auth-token", "--generate")
+        where = {"RAY_AUTH_MODE": "token", "RAY_ADDRESS": f"{head.address}:6379"}
+        options = ("--num-cpus=2", "--object-store-memory=200000000", "--metrics-export-port=9090")
+        head.check("ray", "start", "--head", "--port=6379", *options, RAY_AUTH_MODE="token")
+        command = ("run", small_screen / "run.yaml", "--out", out, "--stages", "segment", *small_settings)
+        done = head.run("screening", *command, timeout=600, **where, SCREENING_LOG_FORMAT="json")
+        assert done.returncode == 0, done.stderr
+        discovery = json.loads((head.temporary / "ray" / "prom_metrics_service_discovery.json").read_text())
+        assert f"{head.address}:9090" in discovery[0]["targets"]
+        time.sleep(11)  # what was counted last is told within Ray's interval
+        scrape = f"import urllib.request as r; print(r.urlopen('http://{head.address}:9090/metrics').read().decode())"
+        found = samples(head.check("python", "-c", scrape), screen="scraped", stage="segment")
+
+    (row,) = [row for row in stage_table(Screen(str(out))).to_dict("records") if row["stage"] == "segment"]
+    assert found["ray_screening_units_total done"] == row["done"] == 16
+    assert found["ray_screening_units_left"] == row["left"] == 0
+    assert found["ray_screening_unit_seconds_count"] == 16
+    counts = Screen(str(out)).read_manifest().stages["segment"].counts
+    assert {name: found[f"ray_screening_stage_count {name}"] for name in counts} == counts
+
+    said = lines(done.stderr)
+    (ended,) = [line for line in said if line["event"] == "stage_done"]
+    assert said[0]["event"] == "stage_begun"
+    assert {line["screen"] for line in said} == {str(out)}
+    assert {line["stage"] for line in said} == {"segment"}
+    assert ended["counts"] == counts
+    last = [line for line in said if line["event"] == "progress"][-1]
+    assert (last["done"], last["total"], last["failed"]) == (16, 16, 0)
+
+
+def test_dashboard_and_alerts_name_metrics_that_there_are() -> None:
+    folder = Path(__file__).resolve().parents[1] / "examples" / "monitoring"
+    dashboard = json.loads((folder / "dashboard.json").read_text())
+    rules = yaml.safe_load((folder / "rules.yaml").read_text())
+    settings = yaml.safe_load((folder / "prometheus.yaml").read_text())
+    shown = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    alerts = [rule["expr"] for group in rules["groups"] for rule in group["rules"]]
+    assert len(shown) >= 7
+    assert len(alerts) == 3
+    for expression in [*shown, *alerts]:
+        asked = set(re.findall(r"ray_\w+", expression))
+        assert asked, expression
+        assert asked <= names(), expression
+        for tags in re.findall(r"by \(([\w, ]+)\)", expression):
+            assert set(tags.split(", ")) <= {"screen", "stage", "outcome", "what", "le"}, expression
+    # Each metric is looked at by somebody.
+    asked = set(re.findall(r"ray_\w+", " ".join([*shown, *alerts])))
+    assert names() - asked == {"ray_screening_unit_seconds_sum", "ray_screening_unit_seconds_count"}
+    assert settings["rule_files"] == ["rules.yaml"]
+    (job,) = settings["scrape_configs"]
+    assert job["file_sd_configs"] == [{"files": ["/tmp/ray/prom_metrics_service_discovery.json"]}]
 
 
 # --- how far it is ---------------------------------------------------------------------------
