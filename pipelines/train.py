@@ -333,7 +333,7 @@ def _fit(resources: ResourcesConfig, screen: Screen, job: _Job, log: Log, on_epo
     finally:
         stop.set()
         watcher.join()
-        job.events.shutdown()
+        job.events.shutdown(force=True)  # asked to end, it would be started again
     assert result.checkpoint is not None, "each epoch reports a checkpoint"
     path: str = result.checkpoint.path
     return path if store.is_local(screen.url) else f"{screen.url.partition('://')[0]}://{path}"
