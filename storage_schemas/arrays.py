@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -11,7 +11,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.abc.store import Store
 from zarr.codecs import BloscCodec, BloscShuffle, Crc32cCodec
-from zarr.storage import FsspecStore, LocalStore
+from zarr.storage import FsspecStore, LocalStore, MemoryStore
 
 from storage_schemas import codecs, store
 from storage_schemas.errors import SchemaError
@@ -54,6 +54,21 @@ def open_array(url: str) -> zarr.Array[Any]:
         raise
     except Exception as error:
         raise SchemaError(url, f"is not a readable Zarr array ({_first_line(error)})") from error
+
+
+def existing(url: str, form: Mapping[str, Any]) -> zarr.Array[Any] | None:
+    """The array that is there, to be written over; None unless it has just that form.
+
+    Args:
+        url: of the array.
+        form: as for ``zarr.create_array``.
+    """
+    try:
+        found = zarr.open_array(zarr_store(url), mode="r+")
+    except Exception:  # there is none, or something else
+        return None
+    wanted = zarr.create_array(MemoryStore(), **form)
+    return found if found.metadata.to_dict() == wanted.metadata.to_dict() else None
 
 
 def read(url: str, array: zarr.Array[Any], selection: Any) -> NDArray[Any]:

@@ -67,7 +67,9 @@ def write_clips(
 ) -> None:
     """Write a well's clips; whatever was there is replaced.
 
-    The array is whole only when the well's cells table, written after it, stands there.
+    The array is whole only when the well's cells table, written after it, stands there. An array of the same form is
+    written over and at no time removed: a node that was given up may still be writing the clips of a well that another
+    has done again and committed, and both write the same.
 
     Args:
         url: the array's folder.
@@ -77,15 +79,14 @@ def write_clips(
             for all clips, which come from movies of different length.
         ranges: of the N clips; None where the intensities they came from are not known.
     """
-    array = zarr.create_array(
-        arrays.zarr_store(url),
-        shape=clips.shape,
-        chunks=(1, *clips.shape[1:]),
-        shards=(min(SHARD_CLIPS, len(clips)), *clips.shape[1:]) if len(clips) else None,
-        dtype=clips.dtype.name,
-        compressors=arrays.COMPRESSORS,
-        dimension_names=["n", "c", "t", "y", "x"],
-        attributes={
+    form: dict[str, Any] = {
+        "shape": clips.shape,
+        "chunks": (1, *clips.shape[1:]),
+        "shards": (min(SHARD_CLIPS, len(clips)), *clips.shape[1:]) if len(clips) else None,
+        "dtype": clips.dtype.name,
+        "compressors": arrays.COMPRESSORS,
+        "dimension_names": ["n", "c", "t", "y", "x"],
+        "attributes": {
             "screening": {
                 "form": "clips",
                 "version": VERSION,
@@ -94,8 +95,10 @@ def write_clips(
                 "scaling": None if ranges is None else _scaling(clips, ranges),
             }
         },
-        overwrite=True,
-    )
+    }
+    array = arrays.existing(url, form)
+    if array is None:
+        array = zarr.create_array(arrays.zarr_store(url), **form, overwrite=True)
     if len(clips):
         array[...] = clips
 

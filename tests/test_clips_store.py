@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import threading
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,32 @@ def test_writing_again_replaces_everything(url: str) -> None:
     write_clips(url, few, ["x", "y"], [3, 4, 5])
     np.testing.assert_array_equal(read_clips(url, slice(None)), few)
     assert channel_names(open_clips(url)) == ["x", "y"]
+
+
+def test_a_reader_never_misses_clips_that_are_written_again(tmp_path: Path) -> None:
+    """As by a node that was given up, and has not noticed, once another has committed the well."""
+    folder = tmp_path / "B02.zarr"
+    clips = clips_of(SHARD_CLIPS + 7)
+    write_clips(str(folder), clips, ["a", "b"], [0, 1, 2])
+    files = {path for path in folder.rglob("*") if path.is_file()}
+    held = threading.Event()
+    missing: set[Path] = set()
+
+    def look() -> None:
+        while not held.is_set():
+            missing.update(path for path in files if not path.exists())
+
+    with ThreadPoolExecutor(1) as pool:
+        looking = pool.submit(look)
+        for _ in range(10):
+            write_clips(str(folder), clips, ["a", "b"], [0, 1, 2])
+        held.set()
+        looking.result()
+    assert missing == set()
+    assert {path for path in folder.rglob("*") if path.is_file()} == files
+    np.testing.assert_array_equal(read_clips(str(folder), slice(None)), clips)
+    write_clips(str(folder), clips[:3], ["a", "c"], [0, 1, 2])
+    np.testing.assert_array_equal(read_clips(str(folder), slice(None)), clips[:3])
 
 
 @pytest.mark.parametrize("dtype", WHITE)
