@@ -11,7 +11,8 @@ Shapes: n query cells, N gallery cells, D dimensions; C compounds that ask, G th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +23,12 @@ from screening.retrieval import Labels, Members, encode, nearest, unit_rows
 from screening.significance import at_least
 from storage_schemas.errors import InputError
 
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
+
 COLUMNS = ("compound", "moa", "share", "mean_distance", "n_cells")
+
+_PAIRS = 2**23  # of compounds, whose similarities are held at once
 
 
 def vote(
@@ -142,7 +148,7 @@ def k_nearest(query: npt.ArrayLike, query_group: Labels, gallery: npt.ArrayLike,
 
 def shares_of_compounds(
     nearest_positions: Ints, query_compound: Labels, gallery_compound: Labels
-) -> tuple[Floats, list[Any], list[Any]]:
+) -> tuple[csr_array, list[Any], list[Any]]:
     """Count the votes for compounds rather than for their MOAs.
 
     Args:
@@ -151,18 +157,26 @@ def shares_of_compounds(
         gallery_compound: (N,) compounds.
 
     Returns:
-        (C, G) shares of a compound's votes that went to each compound, and the names of both in order of appearance.
+        (C, G) shares of a compound's votes that went to each compound, sparse: a compound votes for few; and the names
+        of both in order of appearance.
     """
+    from scipy.sparse import csr_array
+
     asking, names = pd.factorize(_objects(query_compound), use_na_sentinel=False)
     offered, known = pd.factorize(_objects(gallery_compound), use_na_sentinel=False)
-    votes = np.zeros((len(names), len(known)))
     voter, position = _ballots(nearest_positions)
-    np.add.at(votes, (asking[voter], offered[position]), 1)
-    return votes / np.maximum(votes.sum(axis=1, keepdims=True), 1), list(names), list(known)
+    pairs = asking[voter], offered[position]
+    votes = csr_array((np.ones(len(voter)), pairs), (len(names), len(known)))  # pairs that are there twice add up
+    votes.data /= np.repeat(np.bincount(pairs[0], minlength=len(names)), np.diff(votes.indptr))
+    return votes, list(names), list(known)
 
 
 def share_p_values(
-    shares: Floats, own: Sequence[int | None], moa: Sequence[str | None], n_permutations: int = 10_000, seed: int = 0
+    shares: csr_array | Floats,
+    own: Sequence[int | None],
+    moa: Sequence[str | None],
+    n_permutations: int = 10_000,
+    seed: int = 0,
 ) -> tuple[Floats, list[str]]:
     """How often would an MOA get as many votes if the gallery's compounds had each other's MOAs?
 
@@ -170,7 +184,7 @@ def share_p_values(
     have the same share the p-value is exact (hypergeometric), else it is ``(count + 1) / (relabelings + 1)``.
 
     Args:
-        shares: (C, G) of the votes of each compound for those of the gallery.
+        shares: (C, G) of the votes of each compound for those of the gallery, sparse or not.
         own: (C,) which of the gallery the compound itself is, whose MOA is not dealt; None if it is not there.
         moa: (G,) of the gallery's compounds; None for what keeps its place, such as negative controls.
         n_permutations: relabelings.
@@ -179,29 +193,34 @@ def share_p_values(
     Returns:
         (C, M) p-values, 1 without votes; and the MOAs, sorted.
     """
+    from scipy.sparse import csr_array
+
     from screening.relabelings import count_shares
     from screening.significance import TIE, arrangements
 
     names = sorted({each for each in moa if each is not None})
     code = np.array([-1 if each is None else names.index(each) for each in moa], np.int64)
-    p = np.ones((len(shares), len(names)))
+    votes = csr_array(shares)
+    votes.sort_indices()
+    p = np.ones((votes.shape[0], len(names)))
     drawn: dict[int, npt.NDArray[np.int32]] = {}
-    for c, row in enumerate(shares):
+    for c, (start, stop) in enumerate(pairwise(votes.indptr)):
         dealt = code >= 0
         if own[c] is not None:
             dealt[own[c]] = False
-        voted = np.flatnonzero(dealt & (row > 0))
+        there = dealt[votes.indices[start:stop]] & (votes.data[start:stop] > 0)
+        voted, share = votes.indices[start:stop][there], votes.data[start:stop][there]
         labels = np.sort(code[dealt])
-        observed = np.bincount(code[voted], row[voted], len(names)).astype(np.float64)
+        observed = np.bincount(code[voted], share, len(names)).astype(np.float64)
         n = labels.size
         got = np.flatnonzero(observed)
-        if np.ptp(row[voted]) <= TIE if voted.size else True:
+        if np.ptp(share) <= TIE if voted.size else True:
             for m in got:
                 p[c, m] = at_least(int((code[voted] == m).sum()), voted.size, int((labels == m).sum()), n)
             continue
         if n not in drawn or drawn[n].shape[1] < voted.size:
             drawn[n] = arrangements(voted.size, n, n_permutations, (seed,))
-        weights = np.sort(row[voted])[::-1]
+        weights = np.sort(share)[::-1]
         count = count_shares(weights, drawn[n], labels, observed, TIE)
         p[c, got] = (count[got] + 1) / (n_permutations + 1)
     return p, names
@@ -254,16 +273,18 @@ def novelty(
     labels = _objects(moa)
     known = ~np.asarray(pd.isna(labels), bool)
     gallery, gallery_names, gallery_moa = unit[known], names[known], labels[known]
-    similarity = _most_similar(unit, gallery, names[:, None] == gallery_names)
-    with_kin = np.array(
-        [np.sum((gallery_moa == m) & (gallery_names != n)) > 0 for m, n in zip(labels, names, strict=True)]
-    )
-    tested = known & with_kin
+    similarity = _most_similar(unit, gallery, names, gallery_names)
+    of_moa, of_name = pd.factorize(gallery_moa)[0], pd.factorize(gallery_names)[0]
+    of_both = of_moa * (of_name.max(initial=0) + 1) + of_name
+    _, pair, n_same = np.unique(of_both, return_inverse=True, return_counts=True)
+    tested = known.copy()
+    tested[known] = np.bincount(of_moa)[of_moa] > n_same[pair]  # others of its mechanism are there
     if not tested.any():
         return Novelty(similarity, float("nan"), float("nan"), float("nan"), float("nan"), 0)
     threshold = float(np.quantile(similarity[tested], false_alarms, method="lower"))
-    without_moa = _most_similar(unit[tested], gallery, labels[tested][:, None] == gallery_moa)
-    of_controls = _most_similar(unit_rows(controls), gallery, np.zeros((len(np.asarray(controls)), len(gallery)), bool))
+    without_moa = _most_similar(unit[tested], gallery, labels[tested], gallery_moa)
+    of_no_group = unit_rows(controls)
+    of_controls = _most_similar(of_no_group, gallery, np.zeros(len(of_no_group)), np.ones(len(gallery)))
     return Novelty(
         similarity,
         threshold,
@@ -274,10 +295,17 @@ def novelty(
     )
 
 
-def _most_similar(query: Floats, gallery: Floats, excluded: npt.NDArray[np.bool_]) -> Floats:
-    """(n,) cosine to the nearest of the gallery that is not excluded; NaN where all are."""
-    similarity = np.where(excluded, -np.inf, query @ gallery.T).max(axis=1, initial=-np.inf)
-    return np.where(np.isinf(similarity), np.nan, similarity)
+def _most_similar(query: Floats, gallery: Floats, query_group: Labels, gallery_group: Labels) -> Floats:
+    """(n,) cosine to the nearest of the gallery of another group; NaN where there is none."""
+    groups = encode(query_group, gallery_group, (len(query), len(gallery)), "group")
+    nearest_ones = np.full(len(query), -np.inf)
+    # Some rows at a time: all pairs of many thousand compounds are gigabytes.
+    step = max(1, _PAIRS // max(len(gallery), 1))
+    for start in range(0, len(query), step):
+        rows = slice(start, start + step)
+        own = groups[0][rows, None] == groups[1]
+        nearest_ones[rows] = np.where(own, -np.inf, query[rows] @ gallery.T).max(axis=1, initial=-np.inf)
+    return np.where(np.isinf(nearest_ones), np.nan, nearest_ones)
 
 
 def _ballots(nearest_positions: Ints) -> tuple[Ints, Ints]:

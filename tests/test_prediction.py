@@ -16,6 +16,7 @@ from indexed_screens import write_screen
 
 from pipelines.predict import NO_EFFECT, NONE_KNOWN, PredictionConfig, predict
 from pipelines.vectors import read_profiles
+from screening import prediction
 from screening.prediction import (
     COLUMNS,
     k_nearest,
@@ -141,7 +142,7 @@ def test_k_nearest_by_loops() -> None:
 def test_shares_of_compounds_are_those_of_their_mechanisms_taken_apart() -> None:
     shares, asking, offered = shares_of_compounds(np.array([0, 2, 1, -1]), list("xxyz"), list("aab"))
     assert (asking, offered) == (["x", "y", "z"], ["a", "b"])
-    assert shares.tolist() == [[0.5, 0.5], [1.0, 0.0], [0.0, 0.0]]
+    assert shares.toarray().tolist() == [[0.5, 0.5], [1.0, 0.0], [0.0, 0.0]]
 
 
 # --- p-values --------------------------------------------------------------------------------
@@ -218,6 +219,20 @@ def test_novelty_by_loops() -> None:
     assert found.found == np.mean([value < found.threshold - 1e-12 for value in without])
     assert found.controls == np.mean([nearest(row, known) >= found.threshold for row in controls])
     assert found.n_known == len(tested)
+
+
+def test_novelty_is_the_same_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    profiles, controls = rng.normal(size=(40, 6)), rng.normal(size=(7, 6))
+    moa = [None if i % 5 == 0 else f"m{i % 7}" for i in range(40)]
+    names = [f"c{i // 2}" for i in range(40)]  # a name may stand twice
+    whole = novelty(profiles, names, moa, controls)
+    monkeypatch.setattr(prediction, "_PAIRS", 70)
+    parts = novelty(profiles, names, moa, controls)
+    np.testing.assert_allclose(parts.similarity, whole.similarity, rtol=1e-12)
+    assert parts[1:] == pytest.approx(whole[1:])
+    alone = [sum(m == moa[i] and n != names[i] for m, n in zip(moa, names, strict=True)) == 0 for i in range(40)]
+    assert whole.n_known == sum(moa[i] is not None and not alone[i] for i in range(40))
 
 
 @pytest.mark.parametrize("seed", range(3))
