@@ -7,12 +7,13 @@ INSTALLED := $(VENV)/.installed
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format benchmark-site benchmark-ray benchmark-segmentation benchmark-retrieval benchmark-index benchmark-recipes benchmark-training benchmark-train-loading benchmark-ablations benchmark-report benchmark-network clean
+.PHONY: help demo test test-slow chaos lint format benchmark-site benchmark-ray benchmark-segmentation benchmark-retrieval benchmark-index benchmark-recipes benchmark-training benchmark-train-loading benchmark-ablations benchmark-report benchmark-network clean
 
 help:
 	@echo "make demo       simulate a small screen, run every stage, ask it a question (into demo/)"
 	@echo "make test       the tests, without the slow ones"
 	@echo "make test-slow  the slow tests: whole runs, kills and resumes"
+	@echo "make chaos      20 runs on a cluster of this machine while workers, nodes, drivers and the store fail"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff rewrite the code"
 	@echo "make benchmark-site  a site's steps, speed and F1, beside the plain scikit-image way"
@@ -41,6 +42,9 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/pytest -m slow
+
+chaos: $(INSTALLED)
+	$(BIN)/python tests/chaos.py $(SEEDS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

@@ -2,17 +2,21 @@
 
 Nothing of a machine is seen outside of it, neither its ports nor `ray stop`, which would end all Ray that it finds;
 and when its first process is killed, all of it is gone at once, as in a power cut.
+
+Where namespaces are not allowed there are rooms: groups of processes with a home, which share all else.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -20,17 +24,22 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
-NETWORK = "10.77.0"
+NETWORK = "10.77"
 
 _TOOLS = ("unshare", "nsenter", "ip", "bash")
 _NAMESPACES = ("--mount", "--pid", "--net", "--ipc", "--uts")
 # Bash, as the first process, buries orphans that have ended; Ray waits for them.
 _START = """
-mount --bind {users} /etc/passwd && mount -t tmpfs -o size=8g tmpfs /dev/shm && hostname {name} && ip link set lo up ||
+mount --bind {users} /etc/passwd && mount --bind {temporary} /tmp/ray && mount -t tmpfs -o size=8g tmpfs /dev/shm &&
+hostname {name} && ip link set lo up ||
 exit 1
 echo up
 sleep infinity & wait
 """
+
+
+class NoMachinesError(Exception):
+    """No machines can be made here, for the reason that it gives."""
 
 
 class Machine:
@@ -42,19 +51,24 @@ class Machine:
     """
 
     def __init__(self, name: str, address: str, folder: Path) -> None:
+        self.name = name
         self.address = address
         self.home = folder / name
         self.home.mkdir()
-        # Paths of sockets must be short.
+        # Where Ray's files lie; paths of sockets must be short.
         self.temporary = Path(tempfile.mkdtemp(prefix=name, dir="/tmp"))
-        users = folder / f"{name}.passwd"
+        self._boot(folder)
+
+    def _boot(self, folder: Path) -> None:
+        Path("/tmp/ray").mkdir(exist_ok=True)  # which each machine has another folder in the place of
+        users = folder / f"{self.name}.passwd"
         entries = Path("/etc/passwd").read_text().splitlines()
         own = f"root:x:0:0:root:{self.home}:/bin/bash"
         users.write_text("\n".join(own if entry.startswith("root:") else entry for entry in entries) + "\n")
         self._first = subprocess.Popen(
             [
                 *("unshare", *_NAMESPACES, "--fork", "--mount-proc", "--kill-child"),
-                *("bash", "-c", _START.format(users=users, name=name)),
+                *("bash", "-c", _START.format(users=users, temporary=self.temporary, name=self.name)),
             ],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -63,7 +77,7 @@ class Machine:
         assert self._first.stdout is not None
         assert self._first.stderr is not None
         if self._first.stdout.readline() != "up\n":
-            raise OSError(self._first.stderr.read().strip())
+            raise NoMachinesError(f"no namespaces can be made here: {self._first.stderr.read().strip()}")
         (child,) = psutil.Process(self._first.pid).children()
         self.pid = child.pid
 
@@ -77,7 +91,6 @@ class Machine:
             "LANG": "C.UTF-8",
             "PATH": f"{BIN}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
             "PYTHONPATH": os.pathsep.join([str(ROOT), *packages]),
-            "RAY_TMPDIR": str(self.temporary),
             "RAY_USAGE_STATS_ENABLED": "0",
             "OMP_NUM_THREADS": "1",
         }
@@ -114,7 +127,10 @@ class Machine:
 
     def processes(self, word: str) -> list[psutil.Process]:
         """The machine's processes whose command line holds the word."""
-        own = os.readlink(f"/proc/{self.pid}/ns/pid")
+        try:
+            own = os.readlink(f"/proc/{self.pid}/ns/pid")
+        except OSError:  # it has been killed
+            return []
         return [process for process in psutil.process_iter() if _belongs(process, own) and word in _line(process)]
 
     def kill(self) -> None:
@@ -130,6 +146,129 @@ class Machine:
     def _inside(self, command: Sequence[object], folder: Path) -> list[str]:
         enter = ("nsenter", f"--target={self.pid}", *_NAMESPACES, "--")
         return [*enter, "sh", "-c", 'cd "$0" && exec "$@"', str(folder), *map(str, command)]
+
+
+class Room(Machine):
+    """In place of a machine where namespaces are not allowed: processes that know the room by their environment."""
+
+    _MARK = "SCREENING_ROOM"
+
+    def _boot(self, folder: Path) -> None:
+        pass
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """As of a machine, with the room's mark, which whatever is started in it passes on."""
+        return {**super().environment, self._MARK: str(self.temporary), "RAY_TMPDIR": str(self.temporary)}
+
+    def processes(self, word: str) -> list[psutil.Process]:
+        """The room's processes whose command line holds the word."""
+        return [process for process in psutil.process_iter() if self._holds(process) and word in _line(process)]
+
+    def kill(self) -> None:
+        """Kill what is in the room; it may start more until its last process is gone."""
+        while left := self.processes(""):
+            for process in left:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(left, 5)
+
+    def _holds(self, process: psutil.Process) -> bool:
+        try:
+            return process.environ().get(self._MARK) == str(self.temporary) and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.Error:
+            return False
+
+    def _inside(self, command: Sequence[object], folder: Path) -> list[str]:
+        return ["sh", "-c", 'cd "$0" && exec "$@"', str(folder), *map(str, command)]
+
+
+class Network:
+    """Machines that hear one another. The first that is added is the switch, without which the others hear nothing.
+
+    Attributes:
+        made: its machines, in the order in which they were added, lost ones among them.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        missing = [tool for tool in _TOOLS if shutil.which(tool) is None]
+        if missing:
+            tools = ", ".join(missing)
+            raise NoMachinesError(f"machines are made by {tools}, which are not installed (util-linux, iproute2)")
+        self.made: list[Machine] = []
+        self._folder = folder
+
+    def add(self, name: str) -> Machine:
+        """A new machine, up and connected."""
+        number = len(self.made) + 1
+        machine = Machine(name, f"{NETWORK}.{number // 250}.{number % 250}", self._folder)
+        self.made.append(machine)
+        if number == 1:
+            self._ip(machine, "link", "add", "net", "type", "bridge")
+        else:
+            wire = ("type", "veth", "peer", "name", "net", "netns", machine.pid)
+            self._ip(self.made[0], "link", "add", f"to_{number}", "master", "net", *wire)
+            self._ip(self.made[0], "link", "set", f"to_{number}", "up")
+        self._ip(machine, "address", "add", f"{machine.address}/16", "dev", "net")
+        self._ip(machine, "link", "set", "net", "up")
+        # Ray takes for a machine's address that by which it would go to the internet. It leads nowhere.
+        where = ("dev", "net") if number == 1 else ("via", self.made[0].address)
+        self._ip(machine, "route", "add", "default", *where)
+        return machine
+
+    @contextmanager
+    def joined(self) -> Iterator[None]:
+        """Let this thread, and those that it starts, hear the network from where its switch is."""
+        before = os.open(f"/proc/self/task/{threading.get_native_id()}/ns/net", os.O_RDONLY)
+        inside = os.open(f"/proc/{self.made[0].pid}/ns/net", os.O_RDONLY)
+        try:
+            _enter(inside)
+            yield
+        finally:
+            _enter(before)
+            os.close(before)
+            os.close(inside)
+
+    def close(self) -> None:
+        """Forget all machines."""
+        for machine in self.made:
+            machine.close()
+
+    @staticmethod
+    def _ip(machine: Machine, *command: object) -> None:
+        target = f"--target={machine.pid}"
+        subprocess.run(["nsenter", target, "--net", "ip", *map(str, command)], check=True, capture_output=True)
+
+
+class House:
+    """Rooms, with one address for all; as :class:`Network` to those that use it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.made: list[Machine] = []
+        self._folder = folder
+
+    def add(self, name: str) -> Machine:
+        """A new room."""
+        room = Room(name, "127.0.0.1", self._folder)
+        self.made.append(room)
+        return room
+
+    @contextmanager
+    def joined(self) -> Iterator[None]:
+        """All hear one another as it is."""
+        yield
+
+    def close(self) -> None:
+        """Forget all rooms."""
+        for room in self.made:
+            room.close()
+
+
+def _enter(network: int) -> None:
+    """Move this thread into a network namespace, given as an open file (os.setns comes with Python 3.12)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.setns(network, 0) != 0:
+        raise OSError(ctypes.get_errno(), "setns")
 
 
 def _belongs(process: psutil.Process, namespace: str) -> bool:
@@ -152,39 +291,13 @@ def machines(folder: Path, *names: str) -> Iterator[list[Machine]]:
 
     Args:
         folder: where their homes are made.
-        names: of the machines; the first is also the network's switch, without which the others hear nothing.
+        names: of the machines; the first is also the network's switch.
     """
-    missing = [tool for tool in _TOOLS if shutil.which(tool) is None]
-    if missing:
-        pytest.skip(f"machines are made by {', '.join(missing)}, which are not installed (util-linux, iproute2)")
     with ExitStack() as stack:
-        made: list[Machine] = []
-        for number, name in enumerate(names, 1):
-            try:
-                machine = Machine(name, f"{NETWORK}.{number}", folder)
-            except OSError as error:
-                pytest.skip(f"no namespaces can be made here: {error}")
-            stack.callback(machine.close)
-            made.append(machine)
-        _connect(made)
+        try:
+            network = Network(folder)
+            stack.callback(network.close)
+            made = [network.add(name) for name in names]
+        except NoMachinesError as error:
+            pytest.skip(str(error))
         yield made
-
-
-def _connect(made: Sequence[Machine]) -> None:
-    switch = f"--target={made[0].pid}"
-
-    def ip(target: str, *command: object) -> None:
-        subprocess.run(["nsenter", target, "--net", "ip", *map(str, command)], check=True, capture_output=True)
-
-    ip(switch, "link", "add", "net", "type", "bridge")
-    ip(switch, "address", "add", f"{made[0].address}/24", "dev", "net")
-    ip(switch, "link", "set", "net", "up")
-    # Ray takes for a machine's address that by which it would go to the internet. It leads nowhere.
-    ip(switch, "route", "add", "default", "dev", "net")
-    for machine in made[1:]:
-        wire = f"to_{machine.address.rpartition('.')[2]}"
-        ip(switch, "link", "add", wire, "master", "net", "type", "veth", "peer", "name", "net", "netns", machine.pid)
-        ip(switch, "link", "set", wire, "up")
-        ip(f"--target={machine.pid}", "address", "add", f"{machine.address}/24", "dev", "net")
-        ip(f"--target={machine.pid}", "link", "set", "net", "up")
-        ip(f"--target={machine.pid}", "route", "add", "default", "via", made[0].address)

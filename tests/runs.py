@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -119,6 +120,14 @@ def digests(folder: Path, *parts: str) -> dict[str, str]:
     files = [path for part in parts for path in _files(folder / part)]
     assert files, f"none of {parts} is in {folder}"
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
+
+
+def indexed(screen: Path) -> dict[str, str]:
+    """Digests of what the index says, but for the name of its build, which is drawn."""
+    manifest = json.loads((screen / "index" / "manifest.json").read_text(encoding="utf-8"))
+    build = f"index/{manifest.pop('build')}"
+    files = {name.removeprefix(f"{build}/"): digest for name, digest in digests(screen, build).items()}
+    return {"index": json.dumps([manifest, files], sort_keys=True)}
 
 
 def times(folder: Path, *parts: str) -> dict[str, int]:

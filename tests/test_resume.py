@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import zarr
-from runs import Run, Victim, digests, times
+from runs import Run, Victim, digests, indexed, times
 
 from storage_schemas.checkpoint import read_manifest
 
@@ -139,14 +139,6 @@ def test_kills_at_every_stage_leave_no_trace(small_screen: Path, small_settings:
     history = read_manifest(str(screen / "checkpoint")).history
     assert [metrics["epoch"] for metrics in history] == list(range(1, EPOCHS + 1))
     assert_same_screen(screen, calm)
-
-
-def indexed(screen: Path) -> dict[str, str]:
-    """Digests of what the index says, but for the name of its build, which is drawn."""
-    manifest = json.loads((screen / "index" / "manifest.json").read_text(encoding="utf-8"))
-    build = f"index/{manifest.pop('build')}"
-    files = {name.removeprefix(f"{build}/"): digest for name, digest in digests(screen, build).items()}
-    return {"index": json.dumps([manifest, files], sort_keys=True)}
 
 
 def assert_same_screen(screen: Path, calm: Path) -> None:
