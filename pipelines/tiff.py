@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from screening.layouts import Grid
 from storage_schemas import store
-from storage_schemas.errors import InputError, SchemaError
+from storage_schemas.errors import InputError, SchemaError, StoreError
 
 ZAxis = Literal["max", "mean", "none"]
 
@@ -126,8 +126,7 @@ def read_header(url: str, axes: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
     Raises:
         SchemaError: if it is not a TIFF image of these axes.
     """
-    fs, path = store.filesystem(url)
-    with _readable(url, axes), fs.open(path, "rb") as file, tifffile.TiffFile(file) as tif:
+    with _readable(url, axes), store.open_file(url) as file, tifffile.TiffFile(file) as tif:
         series = _series(url, tif, axes)
         # Takes no memory: every pixel is the same byte.
         block = _arranged(url, np.broadcast_to(np.zeros((), series.dtype), series.shape), axes)
@@ -152,8 +151,7 @@ def plane_info(url: str) -> Mapping[str, Any]:
     Raises:
         SchemaError: if it is not a TIFF image.
     """
-    fs, path = store.filesystem(url)
-    with _readable(url, "YX"), fs.open(path, "rb") as file, tifffile.TiffFile(file) as tif:
+    with _readable(url, "YX"), store.open_file(url) as file, tifffile.TiffFile(file) as tif:
         _series(url, tif, "YX")
         said = tif.metaseries_metadata or {}
         return dict(said.get("PlaneInfo", {}))
@@ -199,7 +197,7 @@ def _readable(url: str, axes: str) -> Iterator[None]:
     try:
         with _logged_errors() as errors:
             yield
-    except SchemaError:
+    except (SchemaError, StoreError):
         raise
     except Exception as error:  # tifffile and its codecs have errors of their own
         raise SchemaError(url, f"is not a readable TIFF image ({error})") from error

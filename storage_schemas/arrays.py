@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from typing import Any
 
@@ -14,7 +15,8 @@ from zarr.codecs import BloscCodec, BloscShuffle, Crc32cCodec
 from zarr.storage import FsspecStore, LocalStore, MemoryStore
 
 from storage_schemas import codecs, store
-from storage_schemas.errors import SchemaError
+from storage_schemas.errors import InputError, SchemaError, StoreError
+from storage_schemas.remote import passes_on_disk
 
 # Fast to decode and, by the bit shuffle, small on 16-bit planes, which plain lz4 hardly shrinks. Blosc itself
 # decodes truncated and altered chunks to other pixels without a word, hence the checksum.
@@ -25,7 +27,10 @@ def zarr_store(url: str, *, read_only: bool = False) -> Store:
     """The zarr store of a local path or any fsspec URL."""
     if store.is_local(url):
         return LocalStore(store.filesystem(url)[1], read_only=read_only)
-    return FsspecStore.from_url(url, read_only=read_only)
+    # What a store refuses is raised by its file system, through Zarr, as a StoreError: a chunk that cannot be read is
+    # never taken for one that is not there, which would read as zeros.
+    fs, path = store.filesystem(url, asynchronous=True)
+    return FsspecStore(fs, path=path, read_only=read_only)
 
 
 def open_group(url: str) -> zarr.Group:
@@ -33,10 +38,12 @@ def open_group(url: str) -> zarr.Group:
 
     Raises:
         SchemaError: if there is none.
+        StoreError: if the store or disk does not give it.
     """
     try:
         return zarr.open_group(zarr_store(url, read_only=True), mode="r")
-    except Exception as error:  # zarr, its codecs and each store driver have errors of their own
+    except Exception as error:  # zarr and its codecs have errors of their own
+        _raise_refusal(url, error)
         raise SchemaError(
             url, f"is not a readable Zarr group ({_first_line(error)}); expected OME-Zarr v0.4 or v0.5"
         ) from error
@@ -47,12 +54,14 @@ def open_array(url: str) -> zarr.Array[Any]:
 
     Raises:
         SchemaError: if there is none, or it is written in a way that is not let in (see :mod:`storage_schemas.codecs`).
+        StoreError: if the store or disk does not give it.
     """
     try:
         return codecs.guarded(url, zarr.open_array(zarr_store(url, read_only=True), mode="r"))
     except SchemaError:
         raise
     except Exception as error:
+        _raise_refusal(url, error)
         raise SchemaError(url, f"is not a readable Zarr array ({_first_line(error)})") from error
 
 
@@ -75,17 +84,42 @@ def read(url: str, array: zarr.Array[Any], selection: Any) -> NDArray[Any]:
     """Part of an array, orthogonally indexed.
 
     Raises:
-        SchemaError: if a chunk is truncated, corrupt or out of reach, or more is asked for than memory holds.
+        SchemaError: if a chunk is truncated or corrupt, or more is asked for than memory holds.
+        StoreError: if the store or disk does not give it.
     """
     codecs.check_selection(url, array, selection)
     try:
         return np.asarray(array.oindex[selection])
     except Exception as error:
+        _raise_refusal(url, error)
         raise SchemaError(
             url,
-            f"cannot be read: a chunk is truncated, corrupt or unreachable ({_first_line(error)}); write it again from "
-            "its source",
+            f"cannot be read: a chunk is truncated or corrupt ({_first_line(error)}); write it again from its source",
         ) from error
+
+
+@contextmanager
+def writing(url: str, *, keep: bool = False) -> Iterator[None]:
+    """Write arrays and groups beneath a folder; it is removed where they cannot be written whole.
+
+    Where a store does not answer, what is there of them is left: it would not remove it either.
+
+    Args:
+        url: the folder.
+        keep: whether it is left also then, as where what is written was there before.
+
+    Raises:
+        StoreError: if the store or disk does not take them.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not keep and (not isinstance(error, StoreError) or error.lasting):
+            with suppress(StoreError):
+                store.remove(url)
+        if isinstance(error, OSError):
+            raise store.refused(url, error) from error
+        raise
 
 
 def stretches(positions: Sequence[int]) -> list[slice]:
@@ -97,6 +131,16 @@ def stretches(positions: Sequence[int]) -> list[slice]:
         return [slice(0, 0)]
     starts = [i for i, position in enumerate(positions) if i == 0 or position != positions[i - 1] + 1]
     return [slice(positions[a], positions[b - 1] + 1) for a, b in pairwise([*starts, len(positions)])]
+
+
+def _raise_refusal(url: str, error: Exception) -> None:
+    """Tell a store or disk that does not give what it has from data that are not as they should be."""
+    if isinstance(error, StoreError):
+        raise error
+    if isinstance(error, OSError) and (isinstance(error, PermissionError) or passes_on_disk(error)):
+        raise StoreError(
+            url, f"cannot be read ({_first_line(error)})", lasting=isinstance(error, PermissionError)
+        ) from error
 
 
 def _first_line(error: Exception) -> str:

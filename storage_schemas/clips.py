@@ -78,6 +78,9 @@ def write_clips(
         frames: the movie's frames that the clips are made of, a number a clip frame; None where they are not the same
             for all clips, which come from movies of different length.
         ranges: of the N clips; None where the intensities they came from are not known.
+
+    Raises:
+        StoreError: if the store or disk does not take them; a disk that is full keeps nothing of new ones.
     """
     form: dict[str, Any] = {
         "shape": clips.shape,
@@ -97,10 +100,11 @@ def write_clips(
         },
     }
     array = arrays.existing(url, form)
-    if array is None:
-        array = zarr.create_array(arrays.zarr_store(url), **form, overwrite=True)
-    if len(clips):
-        array[...] = clips
+    with arrays.writing(url, keep=array is not None):
+        if array is None:
+            array = zarr.create_array(arrays.zarr_store(url), **form, overwrite=True)
+        if len(clips):
+            array[...] = clips
 
 
 def _scaling(clips: Clips, ranges: Ranges) -> dict[str, Any]:

@@ -208,9 +208,7 @@ def new_build(url: str) -> Iterator[Build]:
         yield build
         assert build.manifest is not None, "a build ends with its manifest"
         if not local:
-            fs, path = store.filesystem(target)
-            for file in sorted(folder.iterdir()):
-                fs.put_file(str(file), f"{path}/{file.name}")
+            store.put_folder(folder, target)
         store.write_json(_manifest(url), build.manifest.model_dump(mode="json"))
     except BaseException:
         store.remove(target)
@@ -304,40 +302,28 @@ def _header(shape: tuple[int, ...], dtype: str) -> bytes:
 
 
 def _open_array(url: str, form: ArrayForm) -> NDArray[Any]:
-    """Map a local file; read one that is elsewhere."""
+    """Map a file; one that is not on this machine is copied here first, and the copy goes with the array."""
     dtype = np.dtype(form.dtype).newbyteorder("<")
-    local = store.is_local(url)
-    try:
-        if local:
-            path = Path(store.filesystem(url)[1])
+    with store.local_copy(url) as path:
+        try:
             size = path.stat().st_size
             with path.open("rb") as file:
                 found = _read_header(file)
                 offset = file.tell()
-        else:
-            data = store.read_bytes(url)
-            size = len(data)
-            stream = io.BytesIO(data)
-            found = _read_header(stream)
-            offset = stream.tell()
-    except FileNotFoundError as error:
-        raise SchemaError(url, "no such file") from error
-    except SchemaError:
-        raise
-    except Exception as error:  # NumPy's reader of headers lets those of Python's tokenizer through, and others
-        raise SchemaError(url, f"is not an array file ({error}): run the stage `index` again") from error
-    expected = (form.shape, False, dtype)
-    if found != expected or size != offset + form.nbytes:
-        raise SchemaError(
-            url,
-            f"holds {found[0]} {found[2]} in {size} bytes, expected {form.shape} {dtype} in {offset + form.nbytes}: it "
-            "is truncated or of another screen; run the stage `index` again",
-        )
-    if not form.nbytes:
-        return np.empty(form.shape, dtype)
-    if local:
+        except FileNotFoundError as error:
+            raise SchemaError(url, "no such file") from error
+        except Exception as error:  # NumPy's reader of headers lets those of Python's tokenizer through, and others
+            raise SchemaError(url, f"is not an array file ({error}): run the stage `index` again") from error
+        expected = (form.shape, False, dtype)
+        if found != expected or size != offset + form.nbytes:
+            raise SchemaError(
+                url,
+                f"holds {found[0]} {found[2]} in {size} bytes, expected {form.shape} {dtype} in "
+                f"{offset + form.nbytes}: it is truncated or of another screen; run the stage `index` again",
+            )
+        if not form.nbytes:
+            return np.empty(form.shape, dtype)
         return np.memmap(path, dtype, "r", offset, form.shape)
-    return np.frombuffer(data, dtype, offset=offset).reshape(form.shape)
 
 
 def _read_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:

@@ -256,6 +256,7 @@ def create_well(
 
     Raises:
         InputError: if a name is not usable or a site's shape does not fit the channels; nothing is written then.
+        StoreError: if the store or disk does not take them.
     """
     row, column = split_well(well)
     if len(set(channels)) != len(channels):
@@ -272,16 +273,13 @@ def create_well(
     steps = _Steps(pixel_size, time_step, z_step)
     well_url = store.join(plate_url, row, column)
     store.remove(well_url)
-    try:
+    with arrays.writing(well_url):
         for site, stack in sites.items():
             _write_image(store.join(well_url, site), stack, channels, shown, steps)
         images = [{"path": site, "acquisition": 0} for site in sites]
         _write_ome(well_url, {"well": {"images": images}})
         # A row is a group too; writers of its other wells put the same there.
         store.write_json(store.join(plate_url, row, "zarr.json"), _group({}))
-    except Exception:
-        store.remove(well_url)
-        raise
 
 
 def list_wells(plate_url: str, name: str, wells: Sequence[str], notes: dict[str, Any] | None = None) -> None:
@@ -353,30 +351,31 @@ def write_labels(image_url: str, labels: dict[str, NDArray[np.int32]]) -> None:
             "multiscales": _multiscales("tyx", image.n_levels, _Steps(image.pixel_size, image.time_step)),
             "image-label": {"version": version, "source": {"image": "../../"}},
         }
-        zarr.create_group(
-            root,
-            path=f"labels/{name}",
-            zarr_format=zarr_format,
-            overwrite=True,
-            attributes=_wrapped(document, zarr_format),
-        )
-        kwargs: dict[str, Any] = (
-            {"dimension_names": list("tyx"), "compressors": arrays.COMPRESSORS}
-            if zarr_format == 3
-            else {"chunk_key_encoding": {"name": "v2", "separator": "/"}}
-        )
-        for level in range(image.n_levels):
-            coarse = movie[:, :: 2**level, :: 2**level]
-            array = zarr.create_array(
+        with arrays.writing(store.join(image_url, "labels", name)):
+            zarr.create_group(
                 root,
-                name=f"labels/{name}/{level}",
-                shape=coarse.shape,
-                chunks=(1, *coarse.shape[1:]),
-                dtype="int32",
+                path=f"labels/{name}",
                 zarr_format=zarr_format,
-                **kwargs,
+                overwrite=True,
+                attributes=_wrapped(document, zarr_format),
             )
-            array[...] = coarse
+            kwargs: dict[str, Any] = (
+                {"dimension_names": list("tyx"), "compressors": arrays.COMPRESSORS}
+                if zarr_format == 3
+                else {"chunk_key_encoding": {"name": "v2", "separator": "/"}}
+            )
+            for level in range(image.n_levels):
+                coarse = movie[:, :: 2**level, :: 2**level]
+                array = zarr.create_array(
+                    root,
+                    name=f"labels/{name}/{level}",
+                    shape=coarse.shape,
+                    chunks=(1, *coarse.shape[1:]),
+                    dtype="int32",
+                    zarr_format=zarr_format,
+                    **kwargs,
+                )
+                array[...] = coarse
     # Only adding a name changes this file, so that a repeated run leaves it alone.
     if names != listed:
         group.update_attributes(_wrapped({"labels": names}, zarr_format))

@@ -6,6 +6,7 @@ CSV (gzipped too), Parquet and AnnData (``.h5ad``, through h5py). Nothing here k
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -150,9 +151,12 @@ def _problems(url: str) -> Iterator[None]:
 
 @contextmanager
 def _file(url: str) -> Iterator[Any]:
-    fs, path = store.filesystem(url)
-    with fs.open(path, "rb", compression="gzip" if url.lower().endswith(".gz") else None) as file:
-        yield file
+    with store.open_file(url) as file:
+        if not url.lower().endswith(".gz"):
+            yield file
+            return
+        with gzip.open(file) as unzipped:
+            yield unzipped
 
 
 def _as_array(batch: pa.RecordBatch, columns: Sequence[str]) -> NDArray[np.float32]:
@@ -269,8 +273,8 @@ def _h5ad(url: str) -> Iterator[Any]:
         import h5py
     except ImportError as error:
         raise SchemaError(url, "AnnData files need the extra: pip install 'screening[anndata]'") from error
-    fs, path = store.filesystem(url)
-    with fs.open(path, "rb") as file, h5py.File(file, "r") as stored:
+    # HDF5 forgets what a store says of a read that fails.
+    with store.local_copy(url) as path, h5py.File(path, "r") as stored:
         missing = {"X", "obs", "var"} - set(stored)
         if missing:
             raise SchemaError(url, f"is no AnnData file: it lacks {sorted(missing)}")

@@ -256,8 +256,11 @@ class Screen:
             SchemaError: if there is none, or one of another version.
         """
         self.check_there()
+        return self._parsed(store.read_json(self.manifest_url))
+
+    def _parsed(self, document: Any) -> Manifest:
         try:
-            return Manifest.model_validate(store.read_json(self.manifest_url))
+            return Manifest.model_validate(document)
         except ValidationError as error:
             wrong = sorted({".".join(map(str, entry["loc"])) for entry in error.errors()})
             raise SchemaError(
@@ -271,9 +274,14 @@ class Screen:
         store.write_json(self.manifest_url, manifest.model_dump(mode="json"))
 
     def write_record(self, stage: Stage, record: StageRecord) -> None:
-        """Replace what the manifest says of a stage."""
-        manifest = self.read_manifest()
-        self.write_manifest(manifest.model_copy(update={"stages": {**manifest.stages, stage: record}}))
+        """Replace what the manifest says of a stage, and nothing that another run may say of others meanwhile."""
+
+        def change(document: Any) -> Any:
+            manifest = self._parsed(document)
+            changed = manifest.model_copy(update={"stages": {**manifest.stages, stage: record}})
+            return changed.model_dump(mode="json")
+
+        store.update_json(self.manifest_url, change)
 
     # --- units of work -----------------------------------------------------------------------
 

@@ -1,44 +1,72 @@
 """Bytes at any fsspec URL, local paths included; nothing here or above assumes a local disk.
 
-A write is one whole object: on a local disk a temporary file renamed over the old one, elsewhere a single put. A
-reader therefore sees the old bytes or the new ones, never a part.
+A write is one whole object: on a local disk a temporary file renamed over the old one, elsewhere a single put or an
+upload in parts that is completed at its end. A reader therefore sees the old bytes or the new ones, never a part.
+
+What a store or disk refuses is a :class:`storage_schemas.errors.StoreError`; elsewhere than on a local disk it has then
+been asked for about a minute (see :mod:`storage_schemas.remote`).
 """
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
+import shutil
+import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
-import fsspec
 import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
 from storage_schemas import npz
-from storage_schemas.errors import InputError, SchemaError
+from storage_schemas.errors import InputError, SchemaError, StoreError
 from storage_schemas.limits import check_size
+from storage_schemas.remote import (
+    ChangedError,
+    RemoteFileSystem,
+    describe,
+    has_secrets,
+    passes_on_disk,
+    remote,
+    without_secrets,
+)
+
+_BLOCK = 64 * 2**20  # bytes that are copied at once
+_CHANGES = 20  # times that a document is read again which others change at the same time
+_FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota of the disk is used up"}
 
 
-def filesystem(url: str) -> tuple[Any, str]:
+def filesystem(url: str, *, asynchronous: bool = False) -> tuple[Any, str]:
     """The fsspec filesystem of a URL or local path, and the path on it.
 
+    Args:
+        url: of a file or folder.
+        asynchronous: whether the coroutines of one that is not local are awaited by the caller.
+
     Raises:
-        InputError: if the URL's protocol is unknown or its driver is not installed.
+        InputError: if the URL's protocol is unknown or its driver is not installed, or it holds a password or token.
     """
+    if has_secrets(url):
+        raise InputError(
+            f"{without_secrets(url)}: holds a password or token, which would be written wherever this place is named; "
+            "give it without, and the credentials by the environment"
+        )
+    if "://" not in url or url.startswith(("file://", "local://")):
+        return LocalFileSystem(), LocalFileSystem._strip_protocol(url)
     try:
-        fs, path = fsspec.core.url_to_fs(url)
+        return remote(url, asynchronous=asynchronous)
     except (ImportError, ValueError) as error:
         raise InputError(
             f"{url}: cannot be opened ({error}); expected a local path or a URL that fsspec knows, and for s3:// "
             "the extra: pip install 'screening[s3]'"
         ) from error
-    return fs, path
 
 
 def is_local(url: str) -> bool:
@@ -109,23 +137,85 @@ def read_bytes(url: str) -> bytes:
     """The whole content of a file.
 
     Raises:
-        SchemaError: if the file is missing or cannot be read, or no memory holds it.
+        SchemaError: if the file is missing, or no memory holds it.
+        StoreError: if the store or disk does not give it.
     """
     fs, path = filesystem(url)
-    try:
+    with _reading(url):
         if isinstance(fs, LocalFileSystem):
             check_size(url, "the file", fs.size(path))
         return bytes(fs.cat_file(path))
+
+
+@contextmanager
+def open_file(url: str) -> Iterator[BinaryIO]:
+    """A file to read parts of.
+
+    Raises:
+        SchemaError: if the file is missing.
+        StoreError: if the store or disk does not give it, then or while it is read.
+    """
+    fs, path = filesystem(url)
+    with _reading(url):
+        file = fs.open(path, "rb")
+    with file:
+        yield file
+
+
+@contextmanager
+def local_copy(url: str) -> Iterator[Path]:
+    """A file on this machine's disk: itself, or a copy that is removed at the end, when it may have been mapped.
+
+    Raises:
+        SchemaError: if the file is missing.
+        StoreError: if the store does not give it, or there is no room for it here.
+    """
+    if is_local(url):
+        yield Path(filesystem(url)[1])
+        return
+    with open_file(url) as source, tempfile.NamedTemporaryFile() as target:
+        with _writing(f"{url} (a copy in {tempfile.gettempdir()})"):
+            shutil.copyfileobj(source, target, _BLOCK)
+            target.flush()
+        yield Path(target.name)
+
+
+@contextmanager
+def _reading(url: str) -> Iterator[None]:
+    try:
+        yield
     except FileNotFoundError as error:
         raise SchemaError(url, "no such file") from error
-    except (OSError, PermissionError) as error:
+    except (IsADirectoryError, NotADirectoryError) as error:
         raise SchemaError(url, f"cannot be read: {error}") from error
+    except OSError as error:
+        raise StoreError(url, f"cannot be read: {error}", lasting=not passes_on_disk(error)) from error
+
+
+@contextmanager
+def _writing(url: str) -> Iterator[None]:
+    """Tell a full disk from all else that may go wrong while a file on this machine is written."""
+    try:
+        yield
+    except OSError as error:
+        raise refused(url, error) from error
+
+
+def refused(url: str, error: OSError) -> StoreError:
+    """What a disk's error means to those who were writing to it."""
+    if error.errno in _FULL:
+        return StoreError(url, f"{_FULL[error.errno]}: make room, then go on", lasting=True)
+    return StoreError(url, f"cannot be written: {describe(error)}", lasting=not passes_on_disk(error))
 
 
 def write_bytes(url: str, data: bytes) -> None:
-    """Write a whole file at once; a reader sees the old content or all of the new."""
+    """Write a whole file at once; a reader sees the old content or all of the new.
+
+    Raises:
+        StoreError: if the store or disk does not take it; what was there is left.
+    """
     fs, path = filesystem(url)
-    if not isinstance(fs, LocalFileSystem):
+    if isinstance(fs, RemoteFileSystem):
         fs.pipe_file(path, data)
         return
     with open_new(url) as file:
@@ -134,24 +224,63 @@ def write_bytes(url: str, data: bytes) -> None:
 
 @contextmanager
 def open_new(url: str) -> Iterator[BinaryIO]:
-    """A file to write piece by piece; a reader sees the old content until it is closed without an error."""
+    """A file to write piece by piece; a reader sees the old content until it is closed without an error.
+
+    Elsewhere than on a local disk it is put together on this machine first: an upload that is begun is of a whole file,
+    and can be begun again.
+
+    Raises:
+        StoreError: if the store or disk does not take it; what was there is left.
+    """
     fs, path = filesystem(url)
-    if not isinstance(fs, LocalFileSystem):
-        with fs.transaction, fs.open(path, "wb") as file:
-            yield file
+    if isinstance(fs, RemoteFileSystem):
+        with _writing(f"{url} (put together in {tempfile.gettempdir()})"), tempfile.NamedTemporaryFile() as spooled:
+            yield cast(BinaryIO, spooled)
+            spooled.flush()
+            fs.put_file(spooled.name, path)
         return
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target, so that the rename stays on one file system; unique, so that two writers never share it.
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
     try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
+        with _writing(url):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def update_json(url: str, change: Callable[[Any], Any]) -> None:
+    """Replace a JSON document by what is made of it.
+
+    Where the store can tell (S3 by ``If-Match``), nothing is lost that others write between: the change is made again,
+    of what they have written.
+
+    Args:
+        url: where it lies.
+        change: the document -> the new one; may be called more than once.
+
+    Raises:
+        SchemaError: if the file is missing or not JSON.
+        StoreError: if the store or disk does not take it, or others never stop to change it.
+    """
+    fs, path = filesystem(url)
+    if not isinstance(fs, RemoteFileSystem):
+        write_json(url, change(read_json(url)))
+        return
+    for _ in range(_CHANGES - 1):
+        version = fs.version(path)
+        data = _as_json(change(read_json(url)))
+        try:
+            fs.pipe_file(path, data, **({} if version is None else {"IfMatch": version}))
+            return
+        except ChangedError:
+            continue
+    raise ChangedError(url, f"others changed it each of {_CHANGES} times that it was to be changed")
 
 
 def read_json(url: str) -> Any:
@@ -168,8 +297,11 @@ def read_json(url: str) -> Any:
 
 def write_json(url: str, document: Any) -> None:
     """Write a JSON document, atomically; NaN and infinities are refused, since JSON has none."""
-    text = json.dumps(document, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False)
-    write_bytes(url, text.encode() + b"\n")
+    write_bytes(url, _as_json(document))
+
+
+def _as_json(document: Any) -> bytes:
+    return json.dumps(document, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False).encode() + b"\n"
 
 
 def read_npz(url: str) -> dict[str, NDArray[Any]]:
@@ -205,5 +337,12 @@ def remove_partial(url: str) -> None:
 def remove(url: str) -> None:
     """Remove a file or a whole folder; nothing happens if it is not there."""
     fs, path = filesystem(url)
-    if fs.exists(path):
+    with suppress(FileNotFoundError):
         fs.rm(path, recursive=True)
+
+
+def put_folder(folder: Path, url: str) -> None:
+    """Copy the files of a local folder to a remote one."""
+    fs, path = filesystem(url)
+    for file in sorted(folder.iterdir()):
+        fs.put_file(str(file), f"{path}/{file.name}")

@@ -557,9 +557,8 @@ def open_vectors(url: str, form: TableForm, column: str) -> tuple[pa.Table, NDAr
     Raises:
         SchemaError: as :func:`open_table`.
     """
-    fs, path = store.filesystem(url)
     try:
-        with fs.open(path, "rb") as source:
+        with store.open_file(url) as source:
             file = pq.ParquetFile(source)
             _check_mark(url, file.schema_arrow, form)
             dimension = form.schema.field(column).type.list_size
@@ -578,8 +577,6 @@ def open_vectors(url: str, form: TableForm, column: str) -> tuple[pa.Table, NDAr
                 others.append(table.drop_columns(column))
             if start != len(values):
                 raise SchemaError(url, f"has {start:,} rows and says that it has {len(values):,}: it is damaged")
-    except FileNotFoundError as error:
-        raise SchemaError(url, "no such file") from error
     except InputError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:  # the last of parts that do not fit together
@@ -621,11 +618,10 @@ def column_names(url: str) -> list[str]:
     Raises:
         SchemaError: if the file is missing or not Parquet.
     """
-    fs, path = store.filesystem(url)
     try:
-        with fs.open(path, "rb") as file:
+        with store.open_file(url) as file:
             return list(pq.read_schema(file).names)
-    except (FileNotFoundError, pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowInvalid, OSError) as error:
         raise SchemaError(url, f"is not a readable Parquet file ({error})") from error
 
 
@@ -653,12 +649,11 @@ def vector_dimension(url: str, column: str) -> int:
     Raises:
         SchemaError: if the file is not Parquet or the column is not of that type.
     """
-    fs, path = store.filesystem(url)
     try:
-        with fs.open(path, "rb") as file:
+        with store.open_file(url) as file:
             schema = pq.read_schema(file)
         kind = schema.field(column).type
-    except (FileNotFoundError, pa.ArrowInvalid, OSError, KeyError) as error:
+    except (pa.ArrowInvalid, OSError, KeyError) as error:
         raise SchemaError(url, f"has no readable column {column!r} ({error})") from error
     if not pa.types.is_fixed_size_list(kind):
         raise SchemaError(url, f"column {column!r} is {kind}, expected a fixed-size list of float32")

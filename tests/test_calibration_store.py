@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as npst
 
 from storage_schemas import store
 from storage_schemas.calibration import FIELDS, FLAT_FIELD, Float32s, read_calibration, write_calibration
-from storage_schemas.errors import SchemaError
+from storage_schemas.errors import SchemaError, StoreError
 
 floats = st.floats(-1e6, 1e6, width=32)
 
@@ -110,7 +110,7 @@ def test_a_failed_write_leaves_the_old_calibration(tmp_path: Path, monkeypatch: 
         raise OSError("full")
 
     monkeypatch.setattr(os, "replace", raising)
-    with pytest.raises(OSError, match="full"):
+    with pytest.raises(StoreError, match="full"):
         write_calibration(str(path), calibration())
     assert path.read_bytes() == whole
     assert store.list_names(str(tmp_path)) == ["p.npz"]

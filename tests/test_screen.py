@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from storage_schemas import screen as screens
 from storage_schemas import store
-from storage_schemas.errors import SchemaError
+from storage_schemas.errors import SchemaError, StoreError
 from storage_schemas.keys import WellKey
 from storage_schemas.screen import STAGES, Failure, Manifest, Screen, Stage, StageRecord, fingerprint
 
@@ -145,7 +145,7 @@ def test_an_unfinished_write_is_not_done(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError("full")
 
     monkeypatch.setattr(os, "replace", raising)
-    with pytest.raises(OSError, match="full"):
+    with pytest.raises(StoreError, match="full"):
         store.write_bytes(screen.cells(B02), b"1")
     assert screen.done_units("segment") == set()
 
@@ -253,7 +253,7 @@ def test_a_failed_write_leaves_the_old_manifest(tmp_path: Path, monkeypatch: pyt
         raise OSError("full")
 
     monkeypatch.setattr(os, "replace", raising)
-    with pytest.raises(OSError, match="full"):
+    with pytest.raises(StoreError, match="full"):
         screen.write_manifest(MANIFEST.model_copy(update={"config": {}}))
     assert screen.read_manifest() == MANIFEST
     assert store.list_names(str(tmp_path)) == ["manifest.json"]

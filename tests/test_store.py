@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import io
 import os
 import pickle
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage_schemas import store
-from storage_schemas.errors import InputError, SchemaError
+from storage_schemas.errors import InputError, SchemaError, StoreError
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -159,18 +160,20 @@ def test_npz_never_unpickles(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fails", ["replace", "fsync"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EACCES])
 def test_a_failed_write_leaves_the_old_bytes_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str, number: int
 ) -> None:
     url = str(tmp_path / "x.bin")
     store.write_bytes(url, b"old")
 
     def raising(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, fails, raising)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(StoreError, match=r"x\.bin: (the disk is full|the quota|cannot be written)") as caught:
         store.write_bytes(url, b"new and longer")
+    assert caught.value.lasting == (number != errno.EIO)
     monkeypatch.undo()
     assert store.read_bytes(url) == b"old"
     assert os.listdir(tmp_path) == ["x.bin"]
@@ -192,7 +195,7 @@ def test_a_write_that_stops_half_way_leaves_the_old_bytes(tmp_path: Path, monkey
             raise OSError("pulled the plug")
 
     monkeypatch.setattr(Path, "open", lambda self, mode: HalfWriter(self))
-    with pytest.raises(OSError, match="plug"):
+    with pytest.raises(StoreError, match="plug"):
         store.write_bytes(url, b"new" * 1000)
     monkeypatch.undo()
     assert store.read_bytes(url) == b"old"

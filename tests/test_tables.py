@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage_schemas import store, tables
-from storage_schemas.errors import InputError, SchemaError
+from storage_schemas.errors import InputError, SchemaError, StoreError
 from storage_schemas.tables import (
     TableForm,
     open_table,
@@ -217,7 +217,7 @@ def test_a_failed_write_leaves_the_old_table(tmp_path: Path, monkeypatch: pytest
         raise OSError("full")
 
     monkeypatch.setattr(os, "replace", raising)
-    with pytest.raises(OSError, match="full"):
+    with pytest.raises(StoreError, match="full"):
         write_table(url, toy(3), FORM)
     assert open_table(url, FORM).num_rows == 2
     assert store.list_names(str(tmp_path)) == ["x.parquet"]
