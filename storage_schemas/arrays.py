@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import zarr
@@ -17,6 +17,8 @@ from zarr.storage import FsspecStore, LocalStore, MemoryStore
 from storage_schemas import codecs, store
 from storage_schemas.errors import InputError, SchemaError, StoreError
 from storage_schemas.remote import passes_on_disk
+
+T = TypeVar("T")
 
 # Fast to decode and, by the bit shuffle, small on 16-bit planes, which plain lz4 hardly shrinks. Blosc itself
 # decodes truncated and altered chunks to other pixels without a word, hence the checksum.
@@ -41,7 +43,7 @@ def open_group(url: str) -> zarr.Group:
         StoreError: if the store or disk does not give it.
     """
     try:
-        return zarr.open_group(zarr_store(url, read_only=True), mode="r")
+        return _opened(zarr.open_group, url)
     except Exception as error:  # zarr and its codecs have errors of their own
         _raise_refusal(url, error)
         raise SchemaError(
@@ -57,8 +59,8 @@ def open_array(url: str) -> zarr.Array[Any]:
         StoreError: if the store or disk does not give it.
     """
     try:
-        return codecs.guarded(url, zarr.open_array(zarr_store(url, read_only=True), mode="r"))
-    except SchemaError:
+        return codecs.guarded(url, _opened(zarr.open_array, url))
+    except InputError:
         raise
     except Exception as error:
         _raise_refusal(url, error)
@@ -131,6 +133,15 @@ def stretches(positions: Sequence[int]) -> list[slice]:
         return [slice(0, 0)]
     starts = [i for i, position in enumerate(positions) if i == 0 or position != positions[i - 1] + 1]
     return [slice(positions[a], positions[b - 1] + 1) for a, b in pairwise([*starts, len(positions)])]
+
+
+def _opened(open_: Callable[..., T], url: str) -> T:
+    # Not told which, Zarr asks a store for the files of all its formats at once, of which most are not there.
+    source = zarr_store(url, read_only=True)
+    try:
+        return open_(source, mode="r", zarr_format=3)
+    except FileNotFoundError:
+        return open_(source, mode="r", zarr_format=2)
 
 
 def _raise_refusal(url: str, error: Exception) -> None:
