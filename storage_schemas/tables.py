@@ -631,12 +631,9 @@ def row_count(url: str, form: TableForm) -> int:
     Raises:
         SchemaError: as :func:`open_table`.
     """
-    fs, path = store.filesystem(url)
     try:
-        with fs.open(path, "rb") as file:
+        with store.open_file(url) as file:
             footer = pq.read_metadata(file)
-    except FileNotFoundError as error:
-        raise SchemaError(url, "no such file") from error
     except (pa.ArrowException, OSError) as error:
         raise SchemaError(url, f"is not a readable Parquet file of form {form.name!r} ({error})") from error
     _check_mark(url, footer.schema.to_arrow_schema(), form)
