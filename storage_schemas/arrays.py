@@ -72,11 +72,15 @@ def existing(url: str, form: Mapping[str, Any]) -> zarr.Array[Any] | None:
 
     Args:
         url: of the array.
-        form: as for ``zarr.create_array``.
+        form: as for ``zarr.create_array``, of Zarr v3.
+
+    Raises:
+        StoreError: if the store or disk does not say.
     """
     try:
-        found = zarr.open_array(zarr_store(url), mode="r+")
-    except Exception:  # there is none, or something else
+        found = zarr.open_array(zarr_store(url), mode="r+", zarr_format=3)
+    except Exception as error:  # there is none, or something else
+        _raise_refusal(url, error)
         return None
     wanted = zarr.create_array(MemoryStore(), **form)
     return found if found.metadata.to_dict() == wanted.metadata.to_dict() else None
