@@ -190,7 +190,7 @@ class BatchStream:
             self.close()
             raise TrainingError(
                 f"no room for {readers} reader(s) of {READER_CPUS} CPUs each within {_READERS_START} s: lower "
-                "resources.train_readers or resources.train_workers, or add CPUs to the cluster"
+                "resources.train_readers, train_workers or train_cpus, or add CPUs to the cluster"
             ) from error
         self._ask(_AHEAD * readers)
 

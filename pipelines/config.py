@@ -116,7 +116,9 @@ class ResourcesConfig(Config):
         512, ge=0, description="MiB of clips that each of them keeps in memory, to read them once"
     )
     train_cpus: float = Field(
-        1.0, gt=0, description="CPUs that one training worker asks for; where there are fewer than four a worker, fewer"
+        0.5,
+        gt=0,
+        description="CPUs that one training worker asks for, to leave its readers room; where CPUs are few, fewer",
     )
     train_gpus: float = Field(0.0, ge=0, description="GPUs that one training worker asks for")
     train_memory_mb: int = Field(0, ge=0, description="MiB of memory that one training worker asks for; 0: any")

@@ -505,7 +505,7 @@ def test_actors_of_a_cluster_ask_for_the_same_whatever_is_up(cpus: float, up: Ca
     up(cpus, "head:6379")
     resources = ResourcesConfig(embed_actors=4, train_workers=4, embed_cpus=2.0)
     assert embedding_cpus(resources).asked == 2.0
-    assert training_cpus(resources).asked == 1.0
+    assert training_cpus(resources).asked == 0.5
     assert embedding_cpus(resources).threads == max(2, cpus // 4)
     told = ResourcesConfig(cpus=2, embed_actors=4, train_workers=4)
     assert embedding_cpus(told) == ActorCpus(0.5, 1)
@@ -518,7 +518,7 @@ def test_actors_of_a_cluster_ask_for_the_same_whatever_is_up(cpus: float, up: Ca
         (1, 1, ActorCpus(1.0, 1), ActorCpus(0.25, 1)),
         (2, 1, ActorCpus(1.0, 2), ActorCpus(0.5, 2)),
         (2, 4, ActorCpus(0.5, 1), ActorCpus(0.125, 1)),
-        (64, 2, ActorCpus(1.0, 32), ActorCpus(1.0, 32)),
+        (64, 2, ActorCpus(1.0, 32), ActorCpus(0.5, 32)),
     ],
 )
 def test_actors_of_one_machine_share_it(

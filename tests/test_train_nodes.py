@@ -48,7 +48,7 @@ def start(cells: Path, tmp_path: Path, nodes: Cluster) -> Callable[..., Run]:
             cells,
             train={"epochs": EPOCHS, **train},
             # Of one training run the epochs are the same, whoever is lost; two are lost here.
-            resources={"train_workers": workers, "train_max_failures": 3},
+            resources={"train_workers": workers, "train_cpus": 0.25, "train_max_failures": 3},
         )
         path.write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
         command = ("run", path, "--out", tmp_path / name, "--stages", "train")
