@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import torch
 from pydantic import ConfigDict
 
@@ -26,7 +27,7 @@ from pipelines.inputs import well_keys
 from pipelines.profiles import feature_names, write_raw
 from pipelines.query import Searcher
 from pipelines.units import Work, run_units
-from pipelines.vectors import read_profiles
+from pipelines.vectors import read_profiles, write_embeddings
 from screening.embedding import EmbedConfig
 from screening.profiles import sum_up
 from screening.similarity import Index, Vectors, to_unit
@@ -81,9 +82,15 @@ def add(url: str, other_url: str, cpus: int | None = None) -> tuple[dict[str, in
         store.remove(target.url)
     source = Manifest(software={}, config={}, inputs=made_by, cells=other.url)
     if store.exists(screen.checkpoint):
-        _require_cells(other)
+        embedded = _is_embedded(other, made_by)
+        if not embedded:
+            _require_clips(other)
         _copy_tables(other, target, source)
-        _embed(screen, target, made_by, cpus)
+        if embedded:
+            _copy_embeddings(other, target, made_by)
+        else:
+            _embed(screen, target, made_by, cpus)
+        _sum_up(screen, target, made_by)
     else:
         _copy_profiles(screen, other, target, source)
     wells = well_keys(own) if store.exists(screen.checkpoint) else []
@@ -142,9 +149,13 @@ def ask_clips(searcher: Searcher, url: str, level: Level | None = None, **filter
         name = url.rstrip("/").rpartition("/")[2]
         return searcher.query(vectors=_mean(vectors), names=[name], level=level, **filters)
     other = Screen.open(url)
-    _require_cells(other)
     wells = sorted(other.done_units("segment"))
-    embedded = [(well, vectors) for well in wells if len(vectors := worker.vectors(other.clips(well)))]
+    if _is_embedded(other, searcher.manifest.embedder):
+        found = [(well, vectors) for well, _, vectors in read_cells(other, wells)]
+    else:
+        _require_clips(other)
+        found = [(well, worker.vectors(other.clips(well))) for well in wells]
+    embedded = [(well, vectors) for well, vectors in found if len(vectors)]
     if not embedded:
         raise SchemaError(url, "has no cell with a clip")
     names = [str(well) for well, _ in embedded]
@@ -194,11 +205,27 @@ def _check_plates(screen: Screen, other: Screen, name: str, own: pd.DataFrame, m
         raise InputError(f"{other.url}: plate(s) {twice[:5]} are in the index of {screen.url} already; rename them")
 
 
-def _require_cells(other: Screen) -> None:
+def _is_embedded(other: Screen, made_by: str) -> bool:
+    """Whether a screen's cells have been embedded by that network, so that there is nothing left to do."""
+    record = other.read_manifest().stages.get("embed")
+    return record is not None and record.done and embedder(other) == made_by
+
+
+def _copy_embeddings(other: Screen, target: Screen, made_by: str) -> None:
+    for well, cells, values in read_cells(other, sorted(other.done_units("embed"))):
+        write_embeddings(target.embeddings(well), pa.Table.from_pandas(cells, preserve_index=False), values, made_by)
+
+
+def _require_clips(other: Screen) -> None:
     owner = other.segmented or other
     record = owner.read_manifest().stages.get("segment")
     if record is None or not record.done:
         raise InputError(f"{owner.url}: its stage 'segment' is not done: there are no clips to embed; finish it")
+    if owner.kept_clips != "all":
+        raise InputError(
+            f"{owner.url}: has been run with segment.clips.store={owner.kept_clips} and another network than this "
+            "screen's: there are no clips to embed; run it with this screen's (network=SCREEN/checkpoint)"
+        )
 
 
 def _copy_tables(other: Screen, target: Screen, source: Manifest) -> None:
@@ -210,13 +237,21 @@ def _copy_tables(other: Screen, target: Screen, source: Manifest) -> None:
 
 def _embed(screen: Screen, target: Screen, made_by: str, cpus: int | None) -> None:
     resources, settings = ResourcesConfig(cpus=cpus), _settings(screen)
-    mapped = set(well_keys(open_table(target.plate_map, PLATE_MAP).to_pandas()))
-    wells = sorted(target.done_units("segment") & mapped)
+    wells = _mapped(target, target.done_units("segment"))
     with cluster(resources):
         actor = embedding_cpus(resources)
         context = EmbedContext(target, settings.embed, made_by, actor.threads, screen.checkpoint)
         work = Work(EmbedWells, (context,), num_cpus=actor.asked)
         run_units(target, "embed", wells, work, settings.max_failed_share)
+
+
+def _mapped(target: Screen, wells: set[WellKey]) -> list[WellKey]:
+    """Those of the wells that the plate map names, in order."""
+    return sorted(wells & set(well_keys(open_table(target.plate_map, PLATE_MAP).to_pandas())))
+
+
+def _sum_up(screen: Screen, target: Screen, made_by: str) -> None:
+    wells = _mapped(target, target.done_units("embed"))
     write_raw(target, read_cells(target, wells), profiles_config(screen).aggregate, made_by)
 
 

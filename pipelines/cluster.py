@@ -133,10 +133,10 @@ def check_room(resources: ResourcesConfig) -> None:
         "segment_gpus": (resources.segment_gpus, gpus, "GPUs"),
         "train_readers": (readers + training_cpus(resources).asked * workers, cpus, "CPUs, with the training workers,"),
         "segment_memory_mb": (resources.segment_memory_mb, memory, "MiB of memory"),
-        "embed_memory_mb": (resources.embed_memory_mb * resources.embed_actors, memory, "MiB of memory"),
+        "embed_memory_mb": (resources.embed_memory_mb * (resources.embed_actors or 1), memory, "MiB of memory"),
         "train_memory_mb": (resources.train_memory_mb * workers, memory, "MiB of memory"),
         "train_gpus": (resources.train_gpus * workers, gpus, "GPUs"),
-        "embed_gpus": (resources.embed_gpus * resources.embed_actors, gpus, "GPUs"),
+        "embed_gpus": (resources.embed_gpus * (resources.embed_actors or 1), gpus, "GPUs"),
     }
     for name, (asked, room, what) in wanted.items():
         if asked > room:
@@ -158,8 +158,17 @@ class ActorCpus:
 
 def embedding_cpus(resources: ResourcesConfig) -> ActorCpus:
     """The CPUs of an actor that embeds; on a GPU it only feeds."""
-    share = usable_cpus(resources) / resources.embed_actors
+    share = usable_cpus(resources) / (resources.embed_actors or 1)
     return _actor_cpus(resources, resources.embed_cpus, share, share)
+
+
+def one_pass_actors(resources: ResourcesConfig) -> tuple[int, ActorCpus]:
+    """How many actors embed beside the tasks that segment, and the CPUs of each."""
+    cpus = usable_cpus(resources)
+    actors = resources.embed_actors or (1 if resources.embed_gpus else max(1, int(cpus / 2)))
+    # One well at least must find room beside them; where there is none they share its CPU.
+    left = max(0.0, cpus - resources.segment_cpus) / actors
+    return actors, _actor_cpus(resources, resources.embed_cpus, 1, left)
 
 
 def training_cpus(resources: ResourcesConfig) -> ActorCpus:

@@ -28,6 +28,7 @@ from pipelines.train import identities
 from pipelines.units import Counts
 from pipelines.vectors import CELL_KEYS, vector_column
 from screening.baselines import BaselineConfig, Classifier, Scaler, log_ratios, summarise
+from screening.clips import KEPT
 from screening.evaluation import ALL_MOAS, score_table
 from screening.markdown import table as markdown_table
 from screening.splits import parts_of
@@ -204,7 +205,7 @@ def _embed(
 
 
 def read_summaries(screen: Screen, wells: Sequence[WellKey], config: BaselineConfig) -> _Summaries:
-    """Statistics of the features of every cell that has a clip, over the frames that its clip is made of.
+    """Statistics of the features of every cell that is cut out, over the frames that its clip is made of.
 
     Raises:
         SchemaError: if a well has other features than the first.
@@ -216,7 +217,7 @@ def read_summaries(screen: Screen, wells: Sequence[WellKey], config: BaselineCon
         if well not in done:
             continue
         table = open_table(screen.cells(well), CELLS)
-        table = table.filter(pc.is_valid(table["clip"])).sort_by("clip")
+        table = table.filter(pc.equal(table["excluded"], KEPT))
         found = _feature_columns(table)
         names = names or found
         if found != names:

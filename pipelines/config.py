@@ -104,7 +104,12 @@ class ResourcesConfig(Config):
         0.0, ge=0, description="GPUs that one well's segmentation asks for; only the method cellpose uses one"
     )
     segment_memory_mb: int = Field(0, ge=0, description="MiB of memory that one well's segmentation asks for; 0: any")
-    embed_actors: int = Field(1, ge=1, description="actors that hold the network and embed")
+    embed_actors: int | None = Field(
+        None,
+        ge=1,
+        description="actors that hold the network and embed; null: one, but one for two CPUs where there is no GPU for "
+        "them and clips are embedded as they are cut out",
+    )
     embed_cpus: float = Field(
         1.0, gt=0, description="CPUs that one embedding actor asks for; where there are fewer an actor, fewer"
     )
@@ -154,6 +159,11 @@ class RunConfig(Config):
     initial: InitialWeights = Field(RandomWeights(), description="what the network's weights start from")
     pretrain: PretrainConfig = Field(PretrainConfig(), description="training on compounds before that on train.label")
     train: TrainConfig = Field(TrainConfig(), description="training")
+    network: str | None = Field(
+        None,
+        description="a trained network to embed with, in place of training one: a checkpoint's folder, such as "
+        "SCREEN/checkpoint; model, augment, initial, pretrain and train are then not used",
+    )
     embed: EmbedConfig = Field(EmbedConfig(), description="embedding of all clips")
     profiles: ProfilesConfig = Field(ProfilesConfig(), description="well and compound profiles")
     index: IndexConfig = Field(AutoIndex(), description="how `screening query` searches")
@@ -186,6 +196,15 @@ class RunConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _clips_are_kept_to_train_on(self) -> Self:
+        if self.one_pass and self.network is None:
+            raise ValueError(
+                f"segment.clips.store={self.segment and self.segment.clips.store} keeps no clips to train on: name a "
+                "trained network (network=SCREEN/checkpoint), or set segment.clips.store=all"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _identities_can_be_shared(self) -> Self:
         workers = self.resources.train_workers
         for name, p in (("train.p", self.train.p), ("pretrain.p", self.pretrain.p or self.train.p)):
@@ -203,6 +222,11 @@ class RunConfig(Config):
         if self.pretrain.epochs and self.train.label == "compound":
             raise ValueError("pretrain.epochs goes before train.label=moa; with compound the training is on compounds")
         return self
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether cells are embedded as they are cut out, so that not all clips need be kept."""
+        return self.segment is not None and self.segment.clips.store != "all"
 
     @property
     def broadest_label(self) -> Literal["moa", "compound"]:
@@ -244,7 +268,8 @@ def load(url: str, overrides: Sequence[str] = ()) -> RunConfig:
     initial = config.initial
     if not isinstance(initial, RandomWeights):
         initial = initial.model_copy(update={"path": store.absolute(initial.path, base)})
-    return config.model_copy(update={"inputs": inputs, "initial": initial})
+    network = config.network and store.absolute(config.network, base)
+    return config.model_copy(update={"inputs": inputs, "initial": initial, "network": network})
 
 
 def override(config: RunConfig, overrides: Sequence[str]) -> RunConfig:

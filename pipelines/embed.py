@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
+import pyarrow.compute as pc
+import ray
 import torch
 
-from pipelines.cluster import embedding_cpus
+from pipelines.cluster import embedding_cpus, one_pass_actors
 from pipelines.config import RunConfig
 from pipelines.inputs import Inputs
+from pipelines.one_pass import Embedders
 from pipelines.spread import spread
 from pipelines.units import Counts, Work, run_units
-from pipelines.vectors import vector_column
+from pipelines.vectors import CELL_KEYS, write_embeddings
 from screening.embedding import EmbedConfig, embed, restore
 from screening.i3d import frames_seen
+from screening.similarity import Vectors
 from storage_schemas.checkpoint import read_manifest, read_weights
-from storage_schemas.clips import channel_names, open_clips, read_clips
+from storage_schemas.clips import Clips, channel_names, open_clips, read_clips
 from storage_schemas.errors import SchemaError
 from storage_schemas.keys import WellKey
 from storage_schemas.screen import Screen
-from storage_schemas.tables import CELLS, embeddings_form, open_table, row_count, write_table
+from storage_schemas.tables import CELLS, embeddings_form, open_table, row_count
 
 OUTPUT_VERSION = 1  # raised when the same configuration gives other files
 
@@ -40,7 +43,7 @@ def embed_screen(config: RunConfig, inputs: Inputs, screen: Screen, fingerprint:
     """
     segmented = screen.done_units("segment")
     units = [well for well in inputs.wells if well in segmented]
-    actors = config.resources.embed_actors
+    actors = config.resources.embed_actors or 1
     cpus = embedding_cpus(config.resources)
     context = EmbedContext(screen, config.embed, fingerprint, cpus.threads, screen.checkpoint)
     work = Work(
@@ -49,6 +52,7 @@ def embed_screen(config: RunConfig, inputs: Inputs, screen: Screen, fingerprint:
         # An actor on a CPU computes on all that it is given; on a GPU it only feeds.
         num_cpus=cpus.asked,
         num_gpus=config.resources.embed_gpus,
+        memory_mb=config.resources.embed_memory_mb,
         actors=actors,
         attempts=config.resources.attempts,
     )
@@ -82,43 +86,84 @@ class EmbedContext:
     checkpoint: str
 
 
+class ClipEmbedder:
+    """Holds a network and embeds clips that it is handed.
+
+    Attributes:
+        manifest: of the network.
+    """
+
+    def __init__(self, checkpoint: str, config: EmbedConfig, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.manifest = read_manifest(checkpoint)
+        self._config = config
+        self._network, self._normalisation = restore(self.manifest, read_weights(checkpoint))
+        self._network.to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def embed(self, clips: Clips) -> Vectors:
+        """(N, D) float32 of clips (N, C, T, H, W) with the channels of the network."""
+        frames = frames_seen(self._network.config, clips.shape[2])
+        return embed(self._network, clips, self._normalisation, frames, self._config)
+
+
 class EmbedWells:
-    """Holds the network and embeds a well at a time."""
+    """Embeds a well at a time from its clips on disk."""
 
     def __init__(self, context: EmbedContext) -> None:
-        torch.set_num_threads(context.threads)
         self._context = context
-        self._manifest = read_manifest(context.checkpoint)
-        weights = read_weights(context.checkpoint)
-        self._network, self._normalisation = restore(self._manifest, weights)
-        self._network.to("cuda" if torch.cuda.is_available() else "cpu")
+        self._embedder = ClipEmbedder(context.checkpoint, context.config, context.threads)
 
     def __call__(self, well: WellKey) -> float:
         """Embed one well's clips and write them; no part of it can fail alone."""
         screen = self._context.screen
         vectors = self.vectors(screen.clips(well))
-        cells = open_table(screen.cells(well), CELLS, ["plate", "well", "site", "track", "clip"])
-        cells = cells.filter(pa.compute.is_valid(cells["clip"])).sort_by("clip")
-        assert len(cells) == len(vectors), "every clip is of a cell"
-        table = cells.drop_columns(["clip"]).append_column("embedding", vector_column(vectors))
+        cells = open_table(screen.cells(well), CELLS, [*CELL_KEYS, "clip"])
+        cells = cells.filter(pc.is_valid(cells["clip"])).sort_by("clip")
         screen.write_failures("embed", well, [])
-        write_table(screen.embeddings(well), table, embeddings_form(vectors.shape[1]), self._context.fingerprint)
+        write_embeddings(screen.embeddings(well), cells, vectors, self._context.fingerprint)
         return 0.0
 
-    def vectors(self, url: str) -> npt.NDArray[np.float32]:
+    def vectors(self, url: str) -> Vectors:
         """(n, D) embeddings of the clips of an array.
 
         Raises:
             SchemaError: if they have other channels than the network was trained with, or cannot be read.
         """
-        config, manifest = self._context.config, self._manifest
+        manifest = self._embedder.manifest
         clips = open_clips(url)
         if channel_names(clips) != list(manifest.channels):
             raise SchemaError(url, f"has the channels {channel_names(clips)}, the network {list(manifest.channels)}")
-        frames = frames_seen(self._network.config, clips.shape[2])
         vectors = np.empty((clips.shape[0], manifest.embedding_dim), np.float32)
         # A slice at a time: memory does not grow with the cells of a well.
-        for start in range(0, len(vectors), config.read_clips):
-            block = read_clips(url, slice(start, start + config.read_clips))
-            vectors[start : start + len(block)] = embed(self._network, block, self._normalisation, frames, config)
+        step = self._context.config.read_clips
+        for start in range(0, len(vectors), step):
+            block = read_clips(url, slice(start, start + step))
+            vectors[start : start + len(block)] = self._embedder.embed(block)
         return vectors
+
+
+@contextmanager
+def embedders(config: RunConfig) -> Iterator[Embedders]:
+    """Actors with the network of the configuration, for as long as the block lasts.
+
+    Raises:
+        InputError: if there is no such network.
+    """
+    assert config.network is not None, "the configuration has seen to it"
+    resources = config.resources
+    manifest = read_manifest(config.network)
+    actors, cpus = one_pass_actors(resources)
+    actor = ray.remote(
+        num_cpus=cpus.asked,
+        num_gpus=resources.embed_gpus,
+        memory=resources.embed_memory_mb * 2**20,
+        scheduling_strategy="SPREAD",
+        max_restarts=-1,
+        max_task_retries=resources.attempts,
+    )(ClipEmbedder)
+    made = tuple(actor.remote(config.network, config.embed, cpus.threads) for _ in range(actors))
+    try:
+        yield Embedders(manifest.embedding_dim, made, config.embed.read_clips)
+    finally:
+        for each in made:
+            ray.kill(each)

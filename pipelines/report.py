@@ -17,7 +17,7 @@ from pipelines.segment import open_calibration
 from pipelines.statistics import read_statistics, readable
 from pipelines.status import stage_table
 from pipelines.units import Counts
-from pipelines.vectors import read_embeddings, read_profiles
+from pipelines.vectors import CELL_KEYS, read_embeddings, read_profiles
 from screening.quality import limits, summarise, worst_sites
 from screening.report import (
     Example,
@@ -308,6 +308,8 @@ def _examples(
 ) -> list[Example]:
     """Typical cells of each compound, controls first, then by name."""
     cells = keys.merge(maps[["plate", "well", "compound", "role"]], on=["plate", "well"], how="left")
+    kept = _kept(screen, keys)
+    cells, embeddings = cells[kept].reset_index(drop=True), embeddings[kept]
     controls = set(cells.loc[cells["role"] == "negative_control", "compound"])
     groups = cells.groupby("compound").indices
     names = sorted(groups, key=lambda name: (name not in controls, name))[:_CLIPS]
@@ -318,6 +320,17 @@ def _examples(
     for _, of_well in chosen.groupby(["plate", "well"]):
         examples |= _read_examples(screen, well_keys(of_well)[0], of_well)
     return [examples[i] for i in range(len(chosen))]
+
+
+def _kept(screen: Screen, keys: pd.DataFrame) -> npt.NDArray[np.bool_]:
+    """(n,) whether the clip of a cell has been kept."""
+    if screen.kept_clips != "sample":
+        return np.full(len(keys), screen.kept_clips == "all")
+    kept: set[tuple[str, str, str, int]] = set()
+    for well in well_keys(keys.drop_duplicates(["plate", "well"])):
+        cells = open_table(screen.cells(well), CELLS, [*CELL_KEYS, "clip"]).to_pandas()
+        kept.update(cells.loc[cells["clip"].notna(), CELL_KEYS].itertuples(index=False, name=None))
+    return np.array([key in kept for key in keys[CELL_KEYS].itertuples(index=False, name=None)], bool)
 
 
 def _read_examples(screen: Screen, well: WellKey, chosen: pd.DataFrame) -> dict[int, Example]:

@@ -34,13 +34,20 @@ class _StageSpec:
     tables: bool = True  # whether it reads the plate map's and the compounds' annotation
 
 
+def _segment(config: RunConfig, inputs: Inputs, screen: Screen, mark: str) -> tuple[Counts, list[str]]:
+    if not config.one_pass:
+        return segment.segment(config, inputs, screen, mark)
+    with embed.embedders(config) as made:
+        return segment.segment(config, inputs, screen, mark, made)
+
+
 _SPECS: dict[Stage, _StageSpec] = {
-    "segment": _StageSpec(segment.segment, segment.OUTPUT_VERSION, (), ("segment",), tables=False),
+    "segment": _StageSpec(_segment, segment.OUTPUT_VERSION, (), ("segment",), tables=False),
     "train": _StageSpec(
         train.train,
         train.OUTPUT_VERSION,
         ("segment",),
-        ("seed", "split", "model", "augment", "initial", "pretrain", "train"),
+        ("seed", "split", "model", "augment", "initial", "pretrain", "train", "network"),
     ),
     "embed": _StageSpec(embed.embed_screen, embed.OUTPUT_VERSION, ("segment", "train"), (), tables=False),
     "index": _StageSpec(index.index, index.OUTPUT_VERSION, ("embed",), ("profiles", "index")),
@@ -133,6 +140,11 @@ def _check_folder(config: RunConfig, inputs: Inputs, url: str) -> None:
 
 def _check_settings(config: RunConfig, inputs: Inputs) -> None:
     """Find before hours of work what only a late stage would have met."""
+    if inputs.cells is not None and inputs.cells.kept_clips != "all":
+        raise InputError(
+            f"{inputs.cells.url}: has been run with segment.clips.store={inputs.cells.kept_clips}: there are no clips "
+            "to train on or to embed; run it with segment.clips.store=all and --update"
+        )
     known = set(inputs.compounds["moa"].dropna())
     for moa in {moa for contrast in config.evaluation.contrasts for moa in contrast} - known:
         near = suggest(moa, known)
@@ -225,6 +237,8 @@ def _fingerprint(
             )
         before[name] = record.output
     settings = config.model_dump(mode="json", include=set(spec.settings))
+    if stage == "segment" and config.one_pass:
+        settings["embedded"] = [*train.weights_identity(config), embed.OUTPUT_VERSION]
     # Without tables a stage goes well by well, and which wells are left is told by what is there.
     return fingerprint(stage, spec.version, settings, before, _input_identity(config, inputs) if spec.tables else "")
 
@@ -238,14 +252,15 @@ def _run_stage(stage: Stage, config: RunConfig, inputs: Inputs, screen: Screen, 
         mark,
         partial(_SPECS[stage].function, config, inputs, screen, mark, **more),
         {"wells": len(inputs.wells)} if stage in ("segment", "embed") else {},
-        whole=_all_units(stage, inputs, screen),
+        whole=_all_units(stage, config, inputs, screen),
     )
 
 
-def _all_units(stage: Stage, inputs: Inputs, screen: Screen) -> bool:
+def _all_units(stage: Stage, config: RunConfig, inputs: Inputs, screen: Screen) -> bool:
     """Whether no well is left to do; wells may have joined since the stage was done."""
     if stage == "segment":
-        return set(inputs.wells) <= screen.done_units("segment")
+        done = screen.done_units("segment")
+        return set(inputs.wells) <= (done & screen.done_units("embed") if config.one_pass else done)
     if stage == "embed":
         return set(inputs.wells) & screen.done_units("segment") <= screen.done_units("embed")
     return True
@@ -258,4 +273,4 @@ def _input_identity(config: RunConfig, inputs: Inputs) -> str:
     """
     plates = {name: sorted(plate.well_paths.items()) for name, plate in inputs.plates.items()}
     tables = [inputs.plate_map, inputs.compounds, *([] if inputs.split is None else [inputs.split])]
-    return fingerprint(plates, annotation_identity(*tables), *train.weights_identity(config.initial))
+    return fingerprint(plates, annotation_identity(*tables), *train.weights_identity(config))

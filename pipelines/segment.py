@@ -1,14 +1,15 @@
-"""Stage `segment`: plates in; labels, tracked cells, quality measures and clips out."""
+"""Stage `segment`: plates in; labels, tracked cells, quality measures and clips out, or embeddings in their place."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 import cv2
 import dask
@@ -16,18 +17,22 @@ import dask.array as da
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 
 from pipelines.inputs import Inputs
+from pipelines.one_pass import Embedders, Pending
 from pipelines.spread import spread
 from pipelines.units import Counts, StageError, Work, is_passing, run_units
-from screening.clips import FixedScaling, PlateScaling, choose_frames
+from pipelines.vectors import write_embeddings
+from screening.clips import KEPT, FixedScaling, PlateScaling, choose_frames
 from screening.illumination import Calibration, calibrate
 from screening.memory import keep_freed_memory
 from screening.quality import PlateQuality, flags_of_frames
 from screening.similarity import suggest
 from screening.site import SegmentConfig, Site, SiteError, SiteForm, check_form, process_site
 from storage_schemas.calibration import FLAT_FIELD, read_calibration, write_calibration
+from storage_schemas.checkpoint import read_manifest
 from storage_schemas.clips import Clips, Ranges, write_clips
 from storage_schemas.errors import InputError, SchemaError, StoreError, is_disk_full
 from storage_schemas.keys import SiteKey, WellKey
@@ -46,8 +51,10 @@ _SAMPLED_FRAMES = 3  # of each of them: first, middle, last
 _SAMPLED_FORMS = 9  # wells, for what a plate's sites have in common
 
 
-def segment(config: RunConfig, inputs: Inputs, screen: Screen, fingerprint: str) -> tuple[Counts, list[str]]:
-    """Find, follow and cut out the cells of every well that has not been done.
+def segment(
+    config: RunConfig, inputs: Inputs, screen: Screen, fingerprint: str, embedders: Embedders | None = None
+) -> tuple[Counts, list[str]]:
+    """Find, follow and cut out the cells of every well that has not been done, and embed them if there is who does.
 
     A site that cannot be used is recorded as failed, and its well is done without it; a well without any such site
     has failed.
@@ -62,8 +69,12 @@ def segment(config: RunConfig, inputs: Inputs, screen: Screen, fingerprint: str)
     assert config.segment is not None, "plates come with settings of how to segment them"
     forms = _plate_forms(inputs)
     _check_forms(config.segment, inputs, forms)
+    if embedders is not None:
+        _check_network(config, inputs, forms)
     notes = _calibrate_plates(config, inputs, screen, forms)
-    context = _Context(config.segment, inputs.plates, forms, screen, fingerprint)
+    if embedders is not None:
+        _pair_up(screen)
+    context = _Context(config.segment, inputs.plates, forms, screen, fingerprint, embedders)
     run_units(
         screen,
         "segment",
@@ -72,6 +83,7 @@ def segment(config: RunConfig, inputs: Inputs, screen: Screen, fingerprint: str)
             partial(segment_well, context),
             num_cpus=config.resources.segment_cpus,
             num_gpus=config.resources.segment_gpus,
+            memory_mb=config.resources.segment_memory_mb,
             attempts=config.resources.attempts,
         ),
         config.max_failed_share,
@@ -86,6 +98,15 @@ def segment(config: RunConfig, inputs: Inputs, screen: Screen, fingerprint: str)
             "the nuclei, tracking and clips settings"
         )
     return counts, notes
+
+
+def _pair_up(screen: Screen) -> None:
+    """Leave of wells that are embedded as they are segmented those of which both is there."""
+    # Otherwise `embed` would take them for those of cells that it has not seen.
+    screen.forget("embed")
+    segmented, embedded = screen.done_units("segment"), screen.done_units("embed")
+    for well in segmented ^ embedded:
+        screen.remove_unit(well)
 
 
 @dataclass(frozen=True)
@@ -114,6 +135,7 @@ class _Context:
     forms: dict[str, SiteForm]
     screen: Screen
     fingerprint: str
+    embedders: Embedders | None = None
 
 
 def segment_well(context: _Context, well: WellKey) -> float:
@@ -141,8 +163,9 @@ def segment_well(context: _Context, well: WellKey) -> float:
 
     done: list[_Done] = []
     failed: list[Failure] = []
+    pending: Pending = []
     for key, url in sites.items():
-        outcome = _attempt(context, calibration, key, url)
+        outcome = _attempt(context, calibration, key, url, len(sites), pending)
         if isinstance(outcome, Failure):
             failed.append(outcome)
         else:
@@ -151,7 +174,7 @@ def segment_well(context: _Context, well: WellKey) -> float:
     # Before the commit: a run cut off here leaves a well that is to be done, and one cut off later a true record.
     screen.write_failures("segment", well, failed)
     if done:
-        _write_well(context, well, done)
+        _write_well(context, well, done, pending)
     else:
         screen.remove_unit(well)
     return len(failed) / len(sites)
@@ -165,15 +188,17 @@ def _failed_again(
     known = {key: url for key, url in sites.items() if str(key) in recorded}
     failures: list[Failure] = []
     for key, url in known.items():
-        outcome = _attempt(context, calibration, key, url)
+        outcome = _attempt(context, calibration, key, url, len(sites), [])
         if not isinstance(outcome, Failure):
             return []
         failures.append(outcome)
     return failures if len(known) == len(recorded) else []
 
 
-def _attempt(context: _Context, calibration: Calibration, key: SiteKey, url: str) -> _Done | Failure:
-    """Do one site; what it raises becomes a record, so that one bad site costs one site."""
+def _attempt(
+    context: _Context, calibration: Calibration, key: SiteKey, url: str, n_sites: int, pending: Pending
+) -> _Done | Failure:
+    """Do one of a well's sites; what it raises becomes a record, so that one bad site costs one site."""
     config, form = context.config, context.forms[key.plate]
     try:
         image = open_site(url)
@@ -191,10 +216,26 @@ def _attempt(context: _Context, calibration: Calibration, key: SiteKey, url: str
             raise
         return Failure(str(key), type(error).__name__, f"{url}: {error}")
     quality = _quality_table(key, site, form.channels)
-    return _Done(_cells_table(key, site), quality, site.clips, site.ranges, site.frames.tolist())
+    done = _Done(_cells_table(key, site), quality, site.clips, site.ranges, site.frames.tolist())
+    if context.embedders is None:
+        return done
+    context.embedders.submit(done.clips, pending)
+    kept = config.clips.sample if config.clips.store == "sample" else 0
+    return _thin(done, -(-kept // n_sites), np.random.default_rng(crc32(str(key).encode())))
 
 
-def _write_well(context: _Context, well: WellKey, sites: Sequence[_Done]) -> None:
+def _thin(site: _Done, at_most: int, rng: np.random.Generator) -> _Done:
+    """A site with so many of its clips."""
+    picked = np.sort(rng.permutation(len(site.clips))[:at_most])
+    clip = np.full(len(site.cells), -1)
+    clip[np.flatnonzero(site.cells["clip"].is_valid())[picked]] = np.arange(len(picked))
+    column = pa.array(clip, pa.int32(), mask=clip < 0)
+    cells = site.cells.set_column(site.cells.column_names.index("clip"), "clip", column)
+    ranges = Ranges(site.ranges.low[picked], site.ranges.high[picked])
+    return replace(site, cells=cells, clips=site.clips[picked], ranges=ranges)
+
+
+def _write_well(context: _Context, well: WellKey, sites: Sequence[_Done], pending: Pending) -> None:
     screen = context.screen
     channels = context.config.channels.clips or context.forms[well.plate].channels
     ranges = Ranges.concatenate([site.ranges for site in sites])
@@ -208,6 +249,9 @@ def _write_well(context: _Context, well: WellKey, sites: Sequence[_Done]) -> Non
     has_clip = table["clip"].is_valid().to_numpy()
     clip = pa.array(has_clip.cumsum() - 1, pa.int32(), mask=~has_clip)
     table = table.set_column(table.column_names.index("clip"), "clip", clip)
+    if context.embedders is not None:
+        embedded = table.filter(pc.equal(table["excluded"], KEPT))
+        write_embeddings(screen.embeddings(well), embedded, context.embedders.collect(pending), context.fingerprint)
     write_table(screen.cells(well), table, CELLS, context.fingerprint)
 
 
@@ -255,6 +299,20 @@ def _check_forms(config: SegmentConfig, inputs: Inputs, forms: Mapping[str, Site
                 f"{url}: has the channels {list(form.channels)}, {inputs.plates[first].url} has "
                 f"{list(forms[first].channels)}: say by segment.channels.clips which ones the clips are made of, in "
                 "which order"
+            )
+
+
+def _check_network(config: RunConfig, inputs: Inputs, forms: Mapping[str, SiteForm]) -> None:
+    """Find before the work that the network was trained on other channels."""
+    assert config.segment is not None, "as in segment"
+    assert config.network is not None, "as in segment"
+    wanted = read_manifest(config.network).channels
+    for name, form in forms.items():
+        channels = config.segment.channels.clips or form.channels
+        if tuple(channels) != tuple(wanted):
+            raise InputError(
+                f"{inputs.plates[name].url}: its clips have the channels {list(channels)}, and the network of "
+                f"{config.network} was trained on {list(wanted)}: say by segment.channels.clips which to take"
             )
 
 

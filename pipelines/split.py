@@ -8,6 +8,7 @@ import pyarrow.compute as pc
 
 from pipelines.config import RunConfig
 from pipelines.inputs import Inputs, open_inputs
+from screening.clips import KEPT
 from screening.splits import CELL, Split, check_leaks, unit
 from screening.splits import split as divide
 from storage_schemas import store
@@ -57,10 +58,10 @@ def write_split(config: RunConfig, out: str) -> Split:
 
 
 def _cells(screen: Screen, inputs: Inputs) -> pd.DataFrame:
-    """Keys of all cells that have a clip."""
+    """Keys of all cells that are cut out."""
     done = screen.done_units("segment")
     tables = [
-        open_table(screen.cells(key), CELLS, [*CELL, "clip"]).filter(pc.field("clip").is_valid())
+        open_table(screen.cells(key), CELLS, [*CELL, "excluded"]).filter(pc.field("excluded") == KEPT)
         for key in inputs.wells
         if key in done
     ]

@@ -18,7 +18,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, Literal, TypeAlias
 
@@ -146,6 +146,8 @@ def train(
     """
     table, notes = make_split(config, inputs, screen)
     write_table(screen.split, table, SPLIT, fingerprint)
+    if config.network is not None:
+        return _counts_of_split(table), [*notes, _take(config.network, inputs, screen, fingerprint)]
 
     phases = _phases(config, screen, table)
     notes = [*notes, *(note for phase in phases for note in _few_clips(phase))]
@@ -189,15 +191,32 @@ def train(
     manifest = read_manifest(last)
     _write_metrics(screen, manifest.history, fingerprint)
     write_checkpoint(screen.checkpoint, manifest, read_weights(last), read_training(last))
-    by_split = table["split"].value_counts()
-    rows = "cells" if is_of_cells(table) else "wells"
-    counts = {f"{rows}: {name}": int(n) for name, n in by_split.items()}
-    counts |= {"clips": len(clips.label), "classes": len(phases[-1].class_names)}
+    counts = _counts_of_split(table) | {"clips": len(clips.label), "classes": len(phases[-1].class_names)}
     trained = pd.Series([metrics["phase"] for metrics in manifest.history]).value_counts()
     counts["epochs"] = int(trained["train"])
     if "pretrain" in trained:
         counts |= {"pretraining: classes": len(phases[0].class_names), "pretraining: epochs": int(trained["pretrain"])}
     return counts, notes
+
+
+def _counts_of_split(table: pd.DataFrame) -> Counts:
+    rows = "cells" if is_of_cells(table) else "wells"
+    return {f"{rows}: {name}": int(n) for name, n in table["split"].value_counts().items()}
+
+
+def _take(network: str, inputs: Inputs, screen: Screen, fingerprint: str) -> str:
+    """Make another screen's network this one's; what is to be said of that."""
+    manifest = read_manifest(network)
+    done = screen.done_units("segment")
+    clips = screen.clips(next(well for well in inputs.wells if well in done))
+    if (channels := channel_names(open_clips(clips))) != list(manifest.channels):
+        raise InputError(f"{clips}: has the channels {channels}, the network of {network} {list(manifest.channels)}")
+    _write_metrics(screen, manifest.history, fingerprint)
+    write_checkpoint(screen.checkpoint, replace(manifest, fingerprint=fingerprint), read_weights(network))
+    return (
+        f"the network is that of {network} and was not trained here; it may have been trained on compounds, plates or "
+        "cells that the held-out tests ask about, and then they flatter it"
+    )
 
 
 def normalisation(url: str) -> pd.DataFrame:
@@ -226,8 +245,14 @@ def check_settings(config: RunConfig, url: str) -> None:
         url: of the screen.
 
     Raises:
-        InputError: if the initial weights cannot be read or do not fit, or a library for logging is missing.
+        InputError: if the network or the initial weights cannot be read or do not fit, or a library for logging is
+            missing.
     """
+    if config.network is not None:
+        if config.network.rstrip("/") == Screen(url).checkpoint:
+            raise ConfigError(f"network: {config.network} is where this run puts its network; choose another --out")
+        read_manifest(config.network)
+        return
     check_loggers(config.logging)
     initial = config.initial
     if isinstance(initial, CheckpointWeights) and initial.path.rstrip("/") == Screen(url).checkpoint:
@@ -236,18 +261,24 @@ def check_settings(config: RunConfig, url: str) -> None:
     _initial_notes(config, 3, ())
 
 
-def weights_identity(initial: InitialWeights) -> list[str]:
-    """What tells the content of the file that the weights start from from that of others; nothing without a file.
+def weights_identity(config: RunConfig) -> list[str]:
+    """What tells the content of the file that weights are taken or start from from others; nothing without a file.
 
     Raises:
         SchemaError: if it is missing.
     """
-    if isinstance(initial, RandomWeights):
+    initial = config.initial
+    if config.network is not None:
+        setting, url = "network", store.join(config.network, "model.safetensors")
+    elif isinstance(initial, RandomWeights):
         return []
-    url = store.join(initial.path, "model.safetensors") if isinstance(initial, CheckpointWeights) else initial.path
+    elif isinstance(initial, CheckpointWeights):
+        setting, url = "initial.path", store.join(initial.path, "model.safetensors")
+    else:
+        setting, url = "initial.path", initial.path
     fs, path = store.filesystem(url)
     if not fs.exists(path):
-        raise SchemaError(url, "no such file, which initial.path names")
+        raise SchemaError(url, f"no such file, which {setting} names")
     return [_content(url, fs.ukey(path))]
 
 

@@ -33,6 +33,11 @@ _EXECUTOR = "ray.data._internal.execution.streaming_executor_state"  # where Ray
 LOST = "lost worker"
 """The kind of failure of a unit whose worker died each time that it was tried."""
 
+_SAVES_MEMORY: dict[UnitStage, str] = {
+    "segment": "say by resources.segment_memory_mb what a well takes, so that fewer are done at once",
+    "embed": "lower embed.batch_size and embed.read_clips",
+}
+
 
 class StageError(InputError):
     """A stage cannot go on."""
@@ -48,6 +53,7 @@ class Work:
         arguments: of the class's constructor; empty for a function.
         num_cpus: that a task or actor asks for.
         num_gpus: likewise.
+        memory_mb: MiB of memory, likewise; 0: any.
         actors: how many, for a class.
         attempts: how often a unit is tried whose worker dies or whose store does not answer.
     """
@@ -56,6 +62,7 @@ class Work:
     arguments: tuple[Any, ...] = ()
     num_cpus: float = 1.0
     num_gpus: float = 0.0
+    memory_mb: int = 0
     actors: int = 1
     attempts: int = 4
 
@@ -157,7 +164,8 @@ def _try(
         if unit in done:
             tally.add(unit, 0.0)
         else:
-            message = f"its worker was lost ({lost[-1] if lost else 'no reason is known'})"
+            reason = lost[-1] if lost else "no reason is known"
+            message = f"its worker was lost ({reason}); if memory has run out, {_SAVES_MEMORY[stage]}"
             again[unit] = Failure(str(unit), LOST, message)
     return again
 
@@ -167,7 +175,11 @@ def _outcomes(screen: Screen, stage: UnitStage, units: Sequence[WellKey], work: 
         return
     rows = [{"unit": str(unit)} for unit in units]
     dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), _MAX_BLOCKS))
-    resources: dict[str, Any] = {"num_cpus": work.num_cpus, "num_gpus": work.num_gpus}
+    resources: dict[str, Any] = {
+        "num_cpus": work.num_cpus,
+        "num_gpus": work.num_gpus,
+        "memory": work.memory_mb * 2**20 or None,
+    }
     # Trying again is up to `run_units`, which counts: Ray by itself would try without end what uses up all memory.
     # It has no other way to be told until these are to go, in 2.64.
     with warnings.catch_warnings():

@@ -27,6 +27,7 @@ from storage_schemas.tables import (
     treatment_profiles_form,
     vector_dimension,
     well_profiles_form,
+    write_table,
 )
 
 CELL_KEYS = ["plate", "well", "site", "track"]
@@ -122,3 +123,10 @@ def vector_column(values: npt.NDArray[np.float32]) -> pa.FixedSizeListArray:
     return pa.FixedSizeListArray.from_arrays(
         pa.array(np.ascontiguousarray(values, np.float32).ravel()), values.shape[1]
     )
+
+
+def write_embeddings(url: str, cells: pa.Table, values: npt.NDArray[np.float32], fingerprint: str) -> None:
+    """Write the embeddings of a well's cells that have one, in their order; commits the well's unit of `embed`."""
+    assert len(cells) == len(values), "every embedding is of a cell"
+    table = cells.select(CELL_KEYS).append_column("embedding", vector_column(values))
+    write_table(url, table, embeddings_form(values.shape[1]), fingerprint)

@@ -150,6 +150,12 @@ class ClipsConfig(Config):
     dtype: ClipType = Field(
         "uint8", description="type of the stored pixels; black is 0, white 255 (uint8), 65535 (uint16) or 1 (float16)"
     )
+    store: Literal["all", "sample", "none"] = Field(
+        "all",
+        description="clips that are kept on disk: all, a sample to look at, or none; with sample and none cells are "
+        "embedded as they are cut out, by a trained `network`",
+    )
+    sample: int = Field(16, ge=1, description="clips of a well that store sample keeps, about: as many of each site")
     repair: bool = Field(True, description="take bad frames from the nearest good frame")
     max_bad: float = Field(
         0.25,

@@ -228,6 +228,13 @@ class Screen:
         """The screen that a stage's files lie in."""
         return self.segmented if self.segmented is not None and stage == "segment" else self
 
+    @property
+    def kept_clips(self) -> Literal["all", "sample", "none"]:
+        """Which clips lie on disk."""
+        settings = self._owner("segment").read_manifest().config.get("segment") or {}
+        found: Literal["all", "sample", "none"] = settings.get("clips", {}).get("store", "all")
+        return found
+
     # --- manifest ----------------------------------------------------------------------------
 
     def exists(self) -> bool:
@@ -283,6 +290,12 @@ class Screen:
 
         store.update_json(self.manifest_url, change)
 
+    def forget(self, stage: Stage) -> None:
+        """Have the manifest say nothing of a stage."""
+        manifest = self.read_manifest()
+        kept = {name: record for name, record in manifest.stages.items() if name != stage}
+        self.write_manifest(manifest.model_copy(update={"stages": kept}))
+
     # --- units of work -----------------------------------------------------------------------
 
     def done_units(self, stage: Literal["segment", "embed"]) -> set[WellKey]:
@@ -322,8 +335,8 @@ class Screen:
         store.remove(self._path("cells", plate))
 
     def remove_unit(self, well: WellKey) -> None:
-        """Remove what `segment` has written of a well, the table that commits it first."""
-        for url in (self.cells(well), self.quality(well), self.clips(well)):
+        """Remove what `segment` has written of a well, the table that commits it first, and its embeddings."""
+        for url in (self.cells(well), self.embeddings(well), self.quality(well), self.clips(well)):
             store.remove(url)
 
     def remove_stage(self, stage: Stage) -> None:

@@ -289,14 +289,18 @@ def test_other_content_under_the_same_name_is_another_start(cells: Path, tmp_pat
     config = configuration(cells)
     names = tuple("abc")
     initial = checkpoint_of(tmp_path / "checkpoint", config, names)
-    first = train.weights_identity(initial)
-    assert train.weights_identity(initial) == first
-    assert train.weights_identity(checkpoint_of(tmp_path / "copy", config, names)) == first
+    started = config.model_copy(update={"initial": initial})
+    first = train.weights_identity(started)
+    assert train.weights_identity(started) == first
+    copied = checkpoint_of(tmp_path / "copy", config, names)
+    assert train.weights_identity(config.model_copy(update={"initial": copied})) == first
+    taken = config.model_copy(update={"network": initial.path})
+    assert train.weights_identity(taken) == first
     weights = read_weights(initial.path)
     weights["classifier.bias"] = weights["classifier.bias"] + 1
     write_checkpoint(initial.path, read_manifest(initial.path), weights)
-    assert train.weights_identity(initial) != first
-    assert train.weights_identity(train.RandomWeights()) == []
+    assert train.weights_identity(started) == train.weights_identity(taken) != first
+    assert train.weights_identity(config) == []
 
 
 def test_weights_that_cannot_be_used_are_found_before_anything_is_done(cells: Path, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ import errno
 import os
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -232,6 +234,39 @@ def test_worker_lost_after_the_commit_has_done_its_unit(screen: Screen, tmp_path
     run_units(screen, "segment", WELLS, Work(stage), 0)
     assert attempts(log) == [str(well) for well in WELLS]
     assert screen.done_units("segment") == set(WELLS)
+
+
+MEMORY_RUNS_OUT = """
+import sys, time
+from pipelines import units
+from pipelines.cluster import cluster
+from pipelines.config import ResourcesConfig
+from storage_schemas.keys import WellKey
+from storage_schemas.screen import Screen
+
+units._PAUSE = 0.0
+screen = Screen(sys.argv[1])
+with cluster(ResourcesConfig(cpus=2, object_store_mb=100)):
+    units.run_units(screen, "segment", [WellKey("p1", "A01")], units.Work(lambda well: time.sleep(60), attempts=2), 1)
+(failure,) = screen.failures("segment")
+print(failure.kind, failure.message)
+"""
+
+
+@pytest.mark.slow
+def test_well_that_takes_all_memory_is_given_up(screen: Screen) -> None:
+    """Ray kills a worker as soon as more than a hundredth of the memory is used, and by itself would never stop."""
+    environment = {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "100"}
+    told = subprocess.run(
+        [sys.executable, "-c", MEMORY_RUNS_OUT, screen.url],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    ).stdout
+    assert told.startswith("lost worker tried 2 times: its worker was lost (OutOfMemoryError: ")
+    assert "if memory has run out, say by resources.segment_memory_mb" in told
 
 
 def test_lost_actor_is_made_anew(screen: Screen, tmp_path: Path, quick: None) -> None:
