@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from pipelines import embed, evaluate, events, index, report, segment, statistics, train
-from pipelines.cluster import cluster
+from pipelines.cluster import check_room, cluster
 from pipelines.config import ConfigError, RunConfig, differences
 from pipelines.inputs import Inputs, annotation_identity, open_inputs
 from pipelines.stage import do_stage
@@ -111,6 +111,36 @@ def run(
             _run_stage(stage, config, inputs, screen, on_epoch)
             failed += len(screen.failures(stage))
     return failed
+
+
+def run_several(
+    configs: Mapping[str, RunConfig], stages: Sequence[Stage] = STAGES, *, update: bool = False
+) -> Iterator[tuple[str, int | InputError]]:
+    """Run screens one after the other on one Ray; what stops one does not stop the others.
+
+    Args:
+        configs: by the screen's folder or object-store prefix.
+        stages: as for :func:`run`.
+        update: likewise.
+
+    Returns:
+        Of each screen in turn what :func:`run` returns, or what has stopped it.
+    """
+    asked = [config.resources for config in configs.values()]
+    cpus = [resources.cpus for resources in asked]
+    most = asked[0].model_copy(
+        update={
+            "cpus": None if None in cpus else max(number for number in cpus if number),
+            "object_store_mb": max(resources.object_store_mb for resources in asked),
+        }
+    )
+    with cluster(most):
+        for out, config in configs.items():
+            try:
+                check_room(config.resources)
+                yield out, run(config, out, stages, update=update)
+            except InputError as error:
+                yield out, error
 
 
 def is_done(config: RunConfig, out: str, stages: Sequence[Stage]) -> bool:

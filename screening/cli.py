@@ -316,16 +316,45 @@ def import_cells(
 
 @app.command()
 def run(
-    config: ConfigArgument,
-    out: OutOption,
+    config: Annotated[list[str], typer.Argument(help="The configuration (YAML), or several.", show_default=False)],
+    out: Annotated[
+        str,
+        typer.Option(
+            help="Folder or URL of the screen; of several the one that they lie in, named as their configurations are.",
+            show_default=False,
+        ),
+    ],
     settings: SetOption = None,
     stages: Annotated[
         str | None, typer.Option(help="Only these, with commas: segment,train,embed,index,statistics,evaluate,report.")
     ] = None,
     update: UpdateOption = False,
 ) -> None:
-    """Run a screen from plates to report, or go on where it was cut off."""
-    _run(config, out, settings, _stages(stages), update)
+    """Run a screen from plates to report, or go on where it was cut off.
+
+    Several screens run one after the other; what stops one does not stop the others.
+    """
+    if len(config) == 1:
+        _run(config[0], out, settings, _stages(stages), update)
+        return
+    folders = [f"{out.rstrip('/')}/{Path(url).stem}" for url in config]
+    if len(set(folders)) < len(folders):
+        raise typer.BadParameter("two have the same name, and so would their screens", param_hint="CONFIG")
+    from pipelines import events
+    from pipelines.config import load
+    from pipelines.run import run_several
+
+    configs = {folder: load(url, settings or ()) for folder, url in zip(folders, config, strict=True)}
+    codes = {Exit.DONE}
+    for folder, outcome in run_several(configs, _stages(stages), update=update):
+        if isinstance(outcome, int):
+            codes.add(_tell(folder, outcome))
+        else:
+            events.error("screen_failed", f"{folder}: {outcome}", kind=type(outcome).__name__, screen=folder)
+            codes.add(Exit.FAILED)
+    # What failed altogether weighs more than what failed in part.
+    code = next(code for code in (Exit.FAILED, Exit.SOME_FAILED, Exit.DONE) if code in codes)
+    raise typer.Exit(code)
 
 
 def _run(config: str, out: str, settings: list[str] | None, stages: tuple[Stage, ...], update: bool) -> None:
@@ -333,9 +362,13 @@ def _run(config: str, out: str, settings: list[str] | None, stages: tuple[Stage,
     from pipelines.run import run as run_screen
 
     failed = run_screen(load(config, settings or ()), out, stages, update=update)
+    raise typer.Exit(_tell(out, failed))
+
+
+def _tell(out: str, failed: int) -> Exit:
+    """Say that a screen has been run, and with which code that ends."""
     typer.echo(f"{out}: done{f'; {failed} site(s) or well(s) failed, see screening status {out}' if failed else ''}")
-    if failed:
-        raise typer.Exit(Exit.SOME_FAILED)
+    return Exit.SOME_FAILED if failed else Exit.DONE
 
 
 @app.command()

@@ -471,3 +471,28 @@ def test_movies_too_short_for_the_clips(
     assert (done.code, done.out) == (1, "")
     assert "a movie of 4 frames is too short for clips of 5 frames" in done.err
     assert not (folder / "cells").exists()
+
+
+def test_several_screens_run_one_after_the_other_and_none_stops_another(
+    small_screen: Path, small_settings: list[str], tmp_path: Path, command: Command
+) -> None:
+    text = (small_screen / "run.yaml").read_text().replace("plates/", f"{small_screen}/plates/")
+    for table in ("plate_map.csv", "compounds.csv"):
+        text = text.replace(table, f"{small_screen}/{table}")
+    for name, plate in (("first", "plate-1"), ("lost", "nowhere"), ("second", "plate-2")):
+        config = yaml.safe_load(text)
+        config["inputs"] |= {"plates": [f"{small_screen}/plates/{plate}.zarr"], "missing_wells": "skip"}
+        config["inputs"]["unused_compounds"] = "skip"
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config))
+    asked = [tmp_path / f"{name}.yaml" for name in ("first", "lost", "second")]
+    done = command("run", *asked, "--out", tmp_path / "screens", "--stages", "segment", *small_settings)
+    assert done.code == 1
+    assert done.out.splitlines() == [f"{tmp_path}/screens/{name}: done" for name in ("first", "second")]
+    assert f"{tmp_path}/screens/lost: {small_screen}/plates/nowhere.zarr" in done.err.replace("\n", "")
+    for name, plate in (("first", "plate-1"), ("second", "plate-2")):
+        done_units = Screen(f"{tmp_path}/screens/{name}").done_units("segment")
+        assert {well.plate for well in done_units} == {plate}
+        assert len(done_units) == 8
+    same = command("run", asked[0], asked[0], "--out", tmp_path / "screens")
+    assert same.code == 2
+    assert "two have the same name" in same.err
