@@ -27,7 +27,8 @@ console = Console(stderr=True, highlight=False)
 
 _shared: dict[str, Any] = {}  # fields of every event; of the process, since stages have threads of their own
 
-# User and password of a URL (a password may hold a slash), and what a signed one carries in its query.
+# User and password of a URL, and what a signed one carries in its query. More is starred out than stores refuse, as
+# passwords with a slash: a log that hides a part of a path does no harm.
 _USER = re.compile(r"""(\w://)(?:[^\s/@:"']*:[^\s@"']*|[^\s/@"']+)@""")
 _SIGNED = re.compile(
     r"""([?&][\w-]*(?:signature|token|credential|password|secret|key|sig)=)[^\s&"'\\]+""", re.IGNORECASE

@@ -302,6 +302,43 @@ def test_prometheus_scrapes_a_cluster_and_a_job_logs_lines(
     assert (last["done"], last["total"], last["failed"]) == (16, 16, 0)
 
 
+_WITHOUT_AGENT = """
+import sys
+import ray
+from pipelines.cluster import cluster
+from pipelines.config import ResourcesConfig
+from pipelines.units import Work, run_units
+from storage_schemas.keys import WellKey
+from storage_schemas.screen import Screen
+
+screen = Screen(sys.argv[1])
+def stage(well):
+    screen.write_failures("segment", well, [])
+    return 0.0
+with cluster(ResourcesConfig(cpus=1, object_store_mb=100)):
+    assert ray._private.utils.get_dashboard_dependency_error() is not None
+    run_units(screen, "segment", [WellKey("p", "A01"), WellKey("p", "A02")], Work(stage), 0.0)
+"""
+
+
+@pytest.mark.slow
+def test_without_the_extra_cluster_nobody_is_told_and_the_run_is_the_same(tmp_path: Path) -> None:
+    absent = tmp_path / "absent"
+    absent.mkdir()
+    for name in ("aiohttp_cors", "opencensus", "opentelemetry", "prometheus_client"):
+        (absent / f"{name}.py").write_text(f"raise ModuleNotFoundError('No module named {name}', name='{name}')\n")
+    path = os.pathsep.join([str(absent), str(Path(__file__).resolve().parents[1])])
+    done = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_AGENT, str(tmp_path / "screen")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^segment: 2/2 wells, \d+ s$", done.stderr, re.MULTILINE)
+
+
 def test_dashboard_and_alerts_name_metrics_that_there_are() -> None:
     folder = Path(__file__).resolve().parents[1] / "examples" / "monitoring"
     dashboard = json.loads((folder / "dashboard.json").read_text())
