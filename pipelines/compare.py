@@ -266,7 +266,7 @@ def _train(config: RunConfig, rival: Screen) -> int:
     """Train and test the rival, unless that is done; how many wells failed."""
     events.info("method", f"{METHODS['ide']}:", method="ide")
     if is_done(config, rival.url, _TRAINED):
-        events.info("done_before", "train, embed, evaluate: done before", stages=_TRAINED)
+        events.info("stages_done_before", "train, embed, evaluate: done before", stages=_TRAINED)
         return 0
     # The folder is this command's own: of a screen that has changed it keeps what does not depend on the change.
     return run(config, rival.url, _TRAINED, update=True)

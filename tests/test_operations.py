@@ -177,6 +177,20 @@ def test_mistake_of_ours_is_one_line_with_its_traceback(
         command("status", tmp_path)
 
 
+def test_docs_name_every_event_and_every_metric() -> None:
+    root = Path(__file__).resolve().parents[1]
+    docs = (root / "docs" / "operations.md").read_text(encoding="utf-8")
+    said = set()
+    for folder in ("pipelines", "tune", "screening"):
+        for source in (root / folder).glob("*.py"):
+            call = r'events\.(?:info|warning|error)\(\s*"(\w+)"|line\(logging\.\w+, "(\w+)"'
+            said |= {name for names_ in re.findall(call, source.read_text(encoding="utf-8")) for name in names_ if name}
+    assert {"stage_done", "unit_done", "command_failed"} <= said
+    assert {name for name in said if f"`{name}`" not in docs} == set()
+    families = {re.sub(r"_(bucket|count|sum)$", "", name) if "seconds" in name else name for name in names()}
+    assert {name for name in families if f"`{name}`" not in docs} == set()
+
+
 WELLS = [WellKey("p", f"{row}{column:02}") for row in "AB" for column in (1, 2, 3)]
 
 
