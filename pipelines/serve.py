@@ -9,7 +9,8 @@ logged in; where it can be reached from others, a token is asked for. What each 
 - a question that another site's page sends (``Origin``) is refused;
 - no path of a request ever becomes a path on disk: a clip is looked up by a well that the plate map names;
 - what is sent is bounded in size and time, one file after another, and read without trusting it
-  (:mod:`pipelines.uploads`).
+  (:mod:`pipelines.uploads`);
+- connections are bounded in number, and each has a bounded time to say what it wants.
 """
 
 from __future__ import annotations
@@ -57,12 +58,15 @@ from storage_schemas.tables import PLATE_MAP, open_table
 MAX_QUESTION = 64 * 1024
 """Bytes of a question without a file."""
 TIMEOUT = 30.0
-"""Seconds that a client may keep the server waiting for the next bytes."""
+"""Seconds that a client may keep the server waiting: for the next bytes, and for a whole request but its body."""
+MAX_CONNECTIONS = 64
+"""Connections that are open at a time; a browser takes some six."""
 UPLOAD_TIMEOUT = 300.0
 """Seconds that a whole body may take: a file that comes byte by byte would keep all others waiting."""
 UPLOAD_WAIT = 5.0
 """Seconds that a file waits for the one before it."""
 
+_FULL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{16,128}")
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 
@@ -214,6 +218,9 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, desk: Desk, gate: Gate, address: tuple[str, int]) -> None:
         self.desk, self.gate = desk, gate
+        self._lock = threading.Lock()
+        self._connections: set[socket.socket] = set()
+        self._deadlines: dict[socket.socket, float] = {}
         host, port = address
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
@@ -233,6 +240,52 @@ class Server(ThreadingHTTPServer):
     def cookie(self) -> str:
         """Name of the cookie with the token: browsers send the cookies of a host to all its ports."""
         return f"screening_token_{self.server_address[1]}"
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Give a connection a thread of its own, or turn it away where there are too many."""
+        with self._lock:
+            full = len(self._connections) >= MAX_CONNECTIONS
+            if not full:
+                self._connections.add(request)
+        if full:
+            with contextlib.suppress(OSError):
+                request.setblocking(False)  # whoever does not listen is not waited for
+                request.send(_FULL)
+            self.shutdown_request(request)
+        else:
+            super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """The end of a connection."""
+        with self._lock:
+            self._connections.discard(request)
+            self._deadlines.pop(request, None)
+        super().shutdown_request(request)
+
+    def expect_request(self, connection: socket.socket) -> None:
+        """Give a connection its time for the next request, from now on."""
+        with self._lock:
+            self._deadlines[connection] = time.monotonic() + TIMEOUT
+
+    def has_request(self, connection: socket.socket) -> None:
+        """Wait no longer for the request of a connection: it is there."""
+        with self._lock:
+            self._deadlines.pop(connection, None)
+
+    def service_actions(self) -> None:
+        """Cut off, some times a second, whoever sends a request byte by byte."""
+        now = time.monotonic()
+        with self._lock:
+            late = [connection for connection, deadline in self._deadlines.items() if now > deadline]
+            for connection in late:
+                del self._deadlines[connection]
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Whoever has left is no failure of the server."""
+        if not isinstance(sys.exception(), ConnectionError | TimeoutError):
+            super().handle_error(request, client_address)
 
 
 def open_server(
@@ -299,6 +352,10 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = TIMEOUT
 
+    def handle_one_request(self) -> None:
+        self.server.expect_request(self.connection)
+        super().handle_one_request()
+
     def do_GET(self) -> None:
         self._respond(self._get)
 
@@ -351,6 +408,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _respond(self, work: Callable[[SplitResult], None]) -> None:
         """Do the work of a request that is let in, given its address; what goes wrong is the answer."""
+        self.server.has_request(self.connection)
         try:
             self.server.gate.check_host(self.headers.get("Host"))
             self.server.gate.check_origin(self.headers.get("Origin"))

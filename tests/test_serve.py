@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -299,6 +299,40 @@ def test_one_file_is_taken_at_a_time(desk: Desk, local: Server, monkeypatch: pyt
     assert first.getresponse().status == 200
     first.close()
     assert send(local, "POST", path, content).status == 200
+
+
+def test_connections_are_bounded_in_number(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.serve.MAX_CONNECTIONS", 3)
+    gate = Gate(frozenset({"127.0.0.1"}), any_address=False, token=None)
+    with running(desk, gate) as server, ExitStack() as held:
+        silent = [held.enter_context(socket.create_connection(server.server_address[:2])) for _ in range(3)]
+        wait_until(lambda: len(server._connections) == 3)
+        answer = send(server, "HEAD", "/")
+        assert answer.status == 503
+        assert answer.headers["Retry-After"] == "5"
+        silent[0].close()
+        wait_until(lambda: len(server._connections) == 2)
+        assert send(server, "HEAD", "/").status == 200
+        wait_until(lambda: len(server._connections) == 2)
+
+
+def test_a_request_that_comes_too_slowly_is_cut_off(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each byte in time, and the whole never: it would keep a connection from others for as long as it likes."""
+    monkeypatch.setattr("pipelines.serve.TIMEOUT", 0.5)
+    gate = Gate(frozenset({"127.0.0.1"}), any_address=False, token=None)
+    with running(desk, gate) as server, socket.create_connection(server.server_address[:2]) as slow:
+        started, sent = time.monotonic(), 0
+        with suppress(ConnectionError):
+            for byte in b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX: " + b"x" * 1000:
+                sent += slow.send(bytes([byte]))
+                time.sleep(0.02)
+        assert sent < 1000
+        assert time.monotonic() - started < 15
+        wait_until(lambda: not server._connections)
+        assert send(server, "HEAD", "/").status == 200
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_a_file_that_comes_too_slowly_makes_room(desk: Desk, local: Server, monkeypatch: pytest.MonkeyPatch) -> None:
