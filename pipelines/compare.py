@@ -31,6 +31,7 @@ from screening.baselines import BaselineConfig, Classifier, Scaler, log_ratios, 
 from screening.clips import KEPT
 from screening.evaluation import ALL_MOAS, score_table
 from screening.markdown import table as markdown_table
+from screening.markdown import text as markdown_text
 from screening.splits import parts_of
 from storage_schemas import store
 from storage_schemas.clips import frame_numbers, open_clips
@@ -345,7 +346,7 @@ def markdown(scores: pd.DataFrame, notes: Sequence[str]) -> str:
         rows = table(scores, test)
         header = [heading(test), *rows.columns[1:]]
         lines += [markdown_table(header, rows.to_numpy().tolist()), ""]
-    return "\n".join([*lines, *(f"- {note}" for note in notes), ""])
+    return "\n".join([*lines, *(f"- {markdown_text(note)}" for note in notes), ""])
 
 
 def _notes_on_tests(scores: pd.DataFrame) -> list[str]:

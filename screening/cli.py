@@ -961,7 +961,9 @@ def _stages(text: str | None, option: str = "--stages") -> tuple[Stage, ...]:
 
 def _print(table: pd.DataFrame, output: Format) -> None:
     if output is Format.csv:
-        typer.echo(table.to_csv(index=False), nl=False)
+        from screening.spreadsheet import as_csv
+
+        typer.echo(as_csv(table), nl=False)
     elif output is Format.json:
         rows = json.loads(table.to_json(orient="records", double_precision=6))
         typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
@@ -1007,5 +1009,6 @@ def _cell(value: object) -> str:
     if value is None or value is pd.NA or value != value:
         return "–"
     if not isinstance(value, float):
-        return str(value)
+        # A name from a table may hold what moves a terminal's cursor or changes its settings.
+        return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(value))
     return f"{value:.0e}" if 0 < abs(value) < 0.0005 else f"{value:.3f}"

@@ -146,6 +146,16 @@ def test_tables_filter_sort_and_download_by_keyboard(page: Page) -> None:
     assert block.locator("[aria-sort]").count() == 1
 
 
+def test_no_name_is_a_formula_in_what_is_downloaded(chromium: Browser, tmp_path: Path) -> None:  # noqa: F811
+    tab = chromium.new_page()
+    tab.goto(written(screen("=cmd|' /C calc'!A0"), tmp_path))
+    with tab.expect_download() as download:
+        tab.locator("[data-table=wells] .controls button").dispatch_event("click")
+    rows = list(csv.DictReader(io.StringIO(Path(download.value.path()).read_text(encoding="utf-8"))))
+    assert {row["compound"] for row in rows} == {"DMSO", "'=cmd|' /C calc'!A0"}
+    tab.close()
+
+
 def test_rows_without_a_value_come_last_in_any_order(page: Page) -> None:
     head = page.locator("[data-table=neighbours] th", has_text="neighbour moa").locator("button")
     for _ in range(2):

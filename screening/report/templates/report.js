@@ -56,10 +56,12 @@ function explore(block) {
     body.append(...[...body.rows].sort((a, b) => compare(value(a, column), value(b, column))));
   };
   const save = () => {
+    // An apostrophe keeps spreadsheets from running a text as a formula.
+    const tame = text => /^[=+\-@\t\r]/.test(text) && Number.isNaN(Number(text)) ? `'${text}` : text;
     const quote = text => /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
     const lines = [heads.map(head => head.dataset.name)];
     for (const row of body.rows) if (!row.hidden) lines.push([...row.cells].map((_, i) => value(row, i)));
-    download(`${block.dataset.table}.csv`, lines.map(line => line.map(quote).join(",") + "\r\n").join(""));
+    download(`${block.dataset.table}.csv`, lines.map(line => line.map(tame).map(quote).join(",") + "\r\n").join(""));
   };
   heads.forEach((head, i) => {
     const button = make("button", {type: "button"}, ...head.childNodes);
