@@ -7,14 +7,15 @@ INSTALLED := $(VENV)/.installed
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow chaos lint format benchmark-site benchmark-ray benchmark-segmentation benchmark-retrieval benchmark-index benchmark-recipes benchmark-training benchmark-train-loading benchmark-ablations benchmark-report benchmark-network clean
+.PHONY: help demo test test-slow chaos lint audit format benchmark-site benchmark-ray benchmark-segmentation benchmark-retrieval benchmark-index benchmark-recipes benchmark-training benchmark-train-loading benchmark-ablations benchmark-report benchmark-network clean
 
 help:
 	@echo "make demo       simulate a small screen, run every stage, ask it a question (into demo/)"
 	@echo "make test       the tests, without the slow ones"
 	@echo "make test-slow  the slow tests: whole runs, kills and resumes"
 	@echo "make chaos      20 runs on a cluster of this machine while workers, nodes, drivers and the store fail"
-	@echo "make lint       ruff and mypy"
+	@echo "make lint       ruff and mypy, yamllint and shellcheck"
+	@echo "make audit      what constraints.txt pins, looked up among known vulnerabilities; wants the network"
 	@echo "make format     let ruff rewrite the code"
 	@echo "make benchmark-site  a site's steps, speed and F1, beside the plain scikit-image way"
 	@echo "make benchmark-ray   the stage segment on two cores beside a plain loop on one"
@@ -50,6 +51,11 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/yamllint --strict .
+	$(BIN)/shellcheck .ci/run
+
+audit: $(INSTALLED)
+	$(BIN)/python .ci/audit.py
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix
