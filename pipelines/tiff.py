@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from screening.layouts import Grid
 from storage_schemas import store
 from storage_schemas.errors import InputError, SchemaError, StoreError
+from storage_schemas.limits import check_size
 
 ZAxis = Literal["max", "mean", "none"]
 
@@ -169,6 +171,7 @@ def _series(url: str, tif: tifffile.TiffFile, axes: str) -> tifffile.TiffPageSer
         )
     if series.dtype is None or series.dtype.kind not in "uif":
         raise SchemaError(url, f"has pixels of type {series.dtype}; expected whole or real numbers")
+    check_size(url, f"an image of {_form(series.shape, series.dtype)}", math.prod(series.shape) * series.dtype.itemsize)
     # What the file calls Z may well be time; but the same axes in another order are a mistake.
     if series.axes != axes and sorted(series.axes) == sorted(axes):
         raise SchemaError(url, f"says that its axes are {series.axes}, --axes says {axes}")

@@ -67,7 +67,7 @@ def _check_numbers(n: int, most: int) -> None:
 def _numbers(content: bytes, file: pq.ParquetFile, name: str) -> int:
     """How many numbers a column may become in memory, however small its file is, and whatever its footer says."""
     found = claims("the file", io.BytesIO(content), file, [name]).values()
-    return max(sum(numbers for numbers, _ in found), sum(size for _, size in found) // 8)
+    return max(sum(numbers for numbers, *_ in found), sum(size for _, size, _ in found) // 8)
 
 
 def _read_npy(content: bytes, max_rows: int, max_numbers: int) -> npt.NDArray[Any]:

@@ -11,9 +11,10 @@ from screening.similarity import to_unit
 from storage_schemas import store
 from storage_schemas.errors import InputError, SchemaError
 from storage_schemas.index import Level
+from storage_schemas.limits import read_limit
 from storage_schemas.tables import table_mark
 
-_ANY = 2**62  # a user's own file may be as large as it is
+_ANY = 2**62  # vectors: a user's own file may be as large as memory allows
 
 
 def vectors_of(
@@ -38,7 +39,7 @@ def vectors_of(
     """
     content = store.read_bytes(url)
     try:
-        vectors = read_vectors(content, max_rows=_ANY, max_numbers=_ANY)
+        vectors = read_vectors(content, max_rows=_ANY, max_numbers=read_limit() // 8)
     except InputError as error:
         raise SchemaError(url, str(error)) from error
     level = level or ("cell" if "cell" in searcher.levels else "well")

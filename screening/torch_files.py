@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import zipfile
 from typing import Any
 
 import torch
@@ -34,6 +35,12 @@ def read_state_dict(url: str) -> dict[str, Tensor]:
         raise SchemaError(
             url, f"expected a state dict, alone or as 'state_dict' of a dict; these are no tensors: {', '.join(others)}"
         )
+    for name, tensor in state.items():
+        # A tensor may show a few numbers as many, without memory until somebody copies it.
+        if tensor.layout is not torch.strided or tensor.device.type != "cpu":
+            raise SchemaError(url, f"{name} is a {tensor.layout} tensor on {tensor.device}; expected plain ones")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise SchemaError(url, f"{name} claims the shape {tuple(tensor.shape)} and holds fewer numbers")
     return {str(name): tensor.detach() for name, tensor in state.items()}
 
 
@@ -64,6 +71,8 @@ _STAND_INS: list[Any] = [
 def _load(url: str) -> Any:
     data = store.read_bytes(url)
     try:
+        if zipfile.is_zipfile(io.BytesIO(data)):
+            _check_archive(data)
         with torch.serialization.safe_globals(_STAND_INS):
             return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
     except Exception as error:  # pickle, zip and torch's own reader each have errors of their own
@@ -75,6 +84,13 @@ def _load(url: str) -> Any:
                 "only: save the network's state_dict() again, without other objects",
             ) from error
         raise SchemaError(url, "is not a torch file, or it is cut short or damaged") from error
+
+
+def _check_archive(data: bytes) -> None:
+    """Refuse a zip whose parts are compressed, as torch writes none: they may become any size."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+            raise ValueError("its parts are compressed")
 
 
 def _kind(value: object) -> str:

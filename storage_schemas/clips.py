@@ -20,6 +20,8 @@ from storage_schemas.errors import SchemaError
 VERSION = 2
 SHARD_CLIPS = 64  # some tens of MB a shard: few files, and a writer holds one shard in memory
 
+MAX_CLIPS = 2**22  # of a well: more than any has, and the embeddings of all are still held at once
+
 ClipType = Literal["uint8", "uint16", "float16"]
 Clips: TypeAlias = NDArray[np.uint8 | np.uint16 | np.float16]
 
@@ -123,12 +125,22 @@ def open_clips(url: str) -> zarr.Array[Any]:
         SchemaError: if they are missing or not in the form that :func:`write_clips` gives.
     """
     array = arrays.open_array(url)
-    mark = array.attrs.asdict().get("screening", {})
+    attributes = array.metadata.attributes
+    mark = attributes.get("screening", {}) if isinstance(attributes, dict) else {}
     if not isinstance(mark, dict) or (mark.get("form"), mark.get("version")) != ("clips", VERSION):
         raise SchemaError(url, f"expected clips of version {VERSION}, found {mark or 'no mark'}")
     if array.ndim != 5 or str(array.dtype) not in WHITE:
         raise SchemaError(url, f"expected (N, C, T, H, W) {', '.join(WHITE)}, found {array.shape} {array.dtype}")
+    if array.shape[0] > MAX_CLIPS:
+        raise SchemaError(url, f"says that it holds {array.shape[0]:,} clips; a well has at most {MAX_CLIPS:,}")
+    channels, frames = mark.get("channels"), mark.get("frames", False)
+    if not _is_list_of(str, channels) or not (frames is None or _is_list_of(int, frames)):
+        raise SchemaError(url, f"its attributes do not name its channels and frames: found {channels!r}, {frames!r}")
     return array
+
+
+def _is_list_of(kind: type, found: object) -> bool:
+    return isinstance(found, list) and all(isinstance(entry, kind) for entry in found)
 
 
 def channel_names(array: zarr.Array[Any]) -> list[str]:

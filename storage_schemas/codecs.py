@@ -73,6 +73,7 @@ def check_selection(url: str, array: zarr.Array[Any], selection: Any) -> None:
     """
     picks = selection if isinstance(selection, tuple) else (selection,)
     shape, touched = list(array.shape), []
+    check_size(url, "an axis", max(array.shape, default=0))
     for axis, (n, chunk) in enumerate(zip(array.shape, array.shards or array.chunks, strict=True)):
         pick = picks[axis] if axis < len(picks) else slice(None)
         shape[axis] = len(range(n)[pick]) if isinstance(pick, slice) else len(pick)

@@ -26,13 +26,14 @@ _WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBL
 _LEVELS = 4  # bytes a value, of how it is nested and whether it is there
 
 
-def read_table(url: str, source: BinaryIO, columns: Sequence[str] | None = None) -> pa.Table:
+def read_table(url: str, source: BinaryIO, columns: Sequence[str] | None = None, *, near: bool = True) -> pa.Table:
     """A table, text as plain strings; at most as large as :func:`storage_schemas.limits.read_limit` says.
 
     Args:
         url: of the file, for errors.
         source: the file, seekable.
         columns: in this order, those that it has; all by default.
+        near: whether its pages can be looked at without a request for each.
 
     Raises:
         SchemaError: if it would be larger, or a page is damaged.
@@ -45,16 +46,16 @@ def read_table(url: str, source: BinaryIO, columns: Sequence[str] | None = None)
         raise SchemaError(url, f"columns {doubled[:5]} stand there more than once")
     file = pq.ParquetFile(source, read_dictionary=[field.name for field in schema if _is_text(field.type)])
     names = schema.names if columns is None else [name for name in columns if name in schema.names]
-    check_claims(url, source, file, names)
+    check_claims(url, source if near else None, file, names)
     return _plain(url, file.read(names).select(names), schema)
 
 
-def check_claims(url: str, source: BinaryIO, file: pq.ParquetFile, columns: Collection[str]) -> None:
+def check_claims(url: str, source: BinaryIO | None, file: pq.ParquetFile, columns: Collection[str]) -> None:
     """Refuse columns that would take more memory than a read may, but for text that stands there once for many rows.
 
     Args:
         url: of the file.
-        source: of the file: its pages are looked at.
+        source: of the file, whose pages are looked at; None to believe its footer.
         file: the same, opened.
         columns: by name.
 
@@ -66,7 +67,7 @@ def check_claims(url: str, source: BinaryIO, file: pq.ParquetFile, columns: Coll
         # Of a list that is null there is one value in the file, and all of them in memory.
         outer, inner[field.name] = _list_sizes(field.type)
         size += file.metadata.num_rows * outer * 4 if field.name in columns else 0
-    for place, (numbers, unpacked) in claims(url, source, file, columns).items():
+    for place, (numbers, unpacked, _) in claims(url, source, file, columns).items():
         column, name = file.schema.column(place), _owners(file.schema_arrow)[place]
         if column.physical_type == "BYTE_ARRAY" and pa.types.is_nested(file.schema_arrow.field(name).type):
             raise SchemaError(url, f"column {name!r} holds lists or structures of text, which no table here has")
@@ -92,29 +93,48 @@ def _is_text(kind: pa.DataType) -> bool:
     )
 
 
-def claims(url: str, source: BinaryIO, file: pq.ParquetFile, columns: Collection[str]) -> dict[int, tuple[int, int]]:
+def check_pages(url: str, source: BinaryIO, file: pq.ParquetFile, columns: Collection[str]) -> None:
+    """Refuse columns that cannot be read in stretches, a page of each at a time, by what a read may take.
+
+    Raises:
+        SchemaError: if they cannot, or a page is damaged.
+    """
+    check_size(url, "a page of each column", sum(page for _, _, page in claims(url, source, file, columns).values()))
+
+
+def claims(
+    url: str, source: BinaryIO | None, file: pq.ParquetFile, columns: Collection[str]
+) -> dict[int, tuple[int, int, int]]:
     """How many values, and bytes without compression, the columns of a file may have, whatever its footer says.
 
+    Args:
+        url: of the file.
+        source: of the file, whose pages are looked at; None to believe its footer.
+        file: the same, opened.
+        columns: by name.
+
     Returns:
-        Of each leaf below one of the columns, by its place in the file: (values, bytes).
+        Of each leaf below one of the columns, by its place in the file: values, bytes, and bytes of its largest page.
 
     Raises:
         SchemaError: if the header of a page is damaged.
     """
     places = [place for place, owner in enumerate(_owners(file.schema_arrow)) if owner in columns]
-    found = dict.fromkeys(places, (0, 0))
+    found = dict.fromkeys(places, (0, 0, 0))
     for group in map(file.metadata.row_group, range(file.metadata.num_row_groups)):
         for place in places:
-            column, (numbers, size) = group.column(place), found[place]
+            column, (numbers, size, page) = group.column(place), found[place]
             try:
-                of_pages, size_of_pages = _of_pages(source, column)
+                of_pages = _of_pages(source, column) if source is not None else (0, 0, 0)
             except InputError as error:
                 raise SchemaError(url, f"the Parquet table cannot be read: {error}") from error
             found[place] = (
-                numbers + max(column.num_values, of_pages),
-                size + max(column.total_uncompressed_size, size_of_pages),
+                numbers + max(column.num_values, of_pages[0]),
+                size + max(column.total_uncompressed_size, of_pages[1]),
+                max(page, of_pages[2]),
             )
-    source.seek(0)
+    if source is not None:
+        source.seek(0)
     return found
 
 
@@ -145,9 +165,9 @@ def _plain(url: str, table: pa.Table, schema: pa.Schema) -> pa.Table:
 # --- pages ---------------------------------------------------------------------------------------
 
 
-def _of_pages(stream: BinaryIO, column: pq.ColumnChunkMetaData) -> tuple[int, int]:
-    """Numbers and bytes that the headers of a column's pages claim, of the pages that a reader would read."""
-    numbers = size = seen = 0
+def _of_pages(stream: BinaryIO, column: pq.ColumnChunkMetaData) -> tuple[int, int, int]:
+    """Numbers, bytes, and bytes of the largest, that the headers of those pages claim that a reader would read."""
+    numbers = size = largest = seen = 0
     end = stream.seek(0, io.SEEK_END)
     at = min(column.data_page_offset, column.dictionary_page_offset or column.data_page_offset)
     while seen < column.num_values:
@@ -161,9 +181,10 @@ def _of_pages(stream: BinaryIO, column: pq.ColumnChunkMetaData) -> tuple[int, in
             raise InputError("a page is truncated or damaged")
         numbers += here
         size += unpacked
+        largest = max(largest, unpacked)
         seen += here if kind != _DICTIONARY_PAGE else 0
         at = stream.tell() + packed
-    return numbers, size
+    return numbers, size, largest
 
 
 class _Struct(NamedTuple):

@@ -72,7 +72,7 @@ class Plate:
             raise SchemaError(self.url, f"has no well {well!r}; its wells are {list(self.well_paths)}")
         url = store.join(self.url, self.well_paths[well])
         document = _ome(url, "well")
-        names = [str(entry.get("path", "")) for entry in document.get("images", [])]
+        names = [str(entry.get("path", "")) for entry in _entries(url, document, "images")]
         if not names:
             raise SchemaError(url, "is a well without images")
         for name in names:
@@ -172,7 +172,7 @@ def open_plate(url: str) -> Plate:
     name = str(document.get("name") or default_name(url))
     _named_in(url, check_name, name, "plate")
     wells: dict[str, str] = {}
-    for entry in document.get("wells", []):
+    for entry in _entries(url, document, "wells"):
         path = str(entry.get("path", ""))
         row, _, column = path.partition("/")
         if not row.isalnum() or not column.isalnum():
@@ -202,7 +202,7 @@ def open_site(url: str) -> SiteImage:
         dataset = scales[0]["datasets"][0]
         path = str(dataset["path"])
         scale = _scale(dataset, len(axes))
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
         raise SchemaError(url, f"its 'multiscales' metadata is incomplete: {error!r}") from error
     # A path out of the image, or a URL in its place, would read what the plate's metadata choose.
     level_url = store.join(url, *(_named_in(url, check_name, part, "dataset") for part in path.split("/")))
@@ -342,8 +342,14 @@ def write_labels(image_url: str, labels: dict[str, NDArray[np.int32]]) -> None:
     zarr_format = image._array.metadata.zarr_format
     root = arrays.zarr_store(image_url)
     # Made before the labels in it, so that an interrupted writer leaves a group that can be gone on with.
-    group = zarr.open_group(root, path="labels", mode="a", zarr_format=zarr_format)
-    listed = sorted(_metadata(group).get("labels", []))
+    labels_url = store.join(image_url, "labels")
+    try:
+        group = zarr.open_group(root, path="labels", mode="a", zarr_format=zarr_format)
+    except (AttributeError, TypeError, ValueError, KeyError) as error:
+        raise SchemaError(labels_url, f"is there and not a readable Zarr group ({error}): remove it") from error
+    listed = _metadata(group).get("labels", [])
+    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+        raise SchemaError(labels_url, "its list of labels is not usable: remove it")
     names = sorted({*listed, *labels})
     version = "0.5" if zarr_format == 3 else "0.4"
     for name, movie in labels.items():
@@ -514,6 +520,14 @@ def _metadata(group: zarr.Group) -> dict[str, Any]:
     return document if isinstance(document, dict) else {}
 
 
+def _entries(url: str, document: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    """A list of what a part of the metadata tells, each by names."""
+    entries = document.get(key, [])
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise SchemaError(url, f"its metadata are not usable: {key!r} is not a list of entries")
+    return entries
+
+
 def _named_in(url: str, check: Callable[..., str], *name: str) -> str:
     """Check a name that stands in a file, and say in which if it is not usable."""
     try:
@@ -535,7 +549,8 @@ def _physical(step: float | None, unit: str, factors: dict[str, float]) -> float
 
 
 def _channel_names(url: str, document: dict[str, Any], count: int) -> tuple[str, ...]:
-    entries = document.get("omero", {}).get("channels", [])
+    omero = document.get("omero", {})
+    entries = _entries(url, omero if isinstance(omero, dict) else {}, "channels")
     names = tuple(str(e.get("label", i)) for i, e in enumerate(entries)) or tuple(str(i) for i in range(count))
     if len(names) != count:
         raise SchemaError(url, f"has {count} channels but {len(names)} channel names {list(names)}")

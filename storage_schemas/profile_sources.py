@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,11 +21,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from storage_schemas import store
+from storage_schemas import parquet, store
 from storage_schemas.errors import InputError, SchemaError
+from storage_schemas.limits import check_size, inflate, read_limit
 
 _BLOCK_BYTES = 2**24
 _BLOCK_ROWS = 2048
+_DEFLATE = 1032  # times that it makes data smaller at most
 # What stands for a missing value: of R, pandas and databases, then of spreadsheets, then of C on Windows.
 _NULLS = [
     *("", "NA", "N/A", "n/a", "NaN", "nan", "NULL", "null", "None", "none", "<NA>"),
@@ -85,9 +88,14 @@ class Source:
                 return _read_obs(self.url, columns)
             if self.kind == "parquet":
                 with _file(self.url) as file:
-                    frame = pq.read_table(file, columns=list(columns)).to_pandas(ignore_metadata=True)
-                return pd.DataFrame(frame[list(columns)])
-            batches = [batch.to_pandas() for batch in _csv_batches(self.url, columns)]
+                    table = parquet.read_table(self.url, file, columns, near=store.is_local(self.url))
+                return pd.DataFrame(table.to_pandas(ignore_metadata=True)[list(columns)])
+            batches, size = [], 0
+            for batch in _csv_batches(self.url, columns):
+                # Text takes some times more as Python's own.
+                size += 4 * batch.nbytes
+                check_size(self.url, "text beside the measurements", size)
+                batches.append(batch.to_pandas())
             return pd.concat(batches, ignore_index=True) if batches else pd.DataFrame(columns=list(columns))
 
     def blocks(self, columns: Sequence[str]) -> Iterator[NDArray[np.float32]]:
@@ -102,7 +110,10 @@ class Source:
                 return
             if self.kind == "parquet":
                 with _file(self.url) as file:
-                    for batch in pq.ParquetFile(file).iter_batches(_BLOCK_ROWS, columns=list(columns)):
+                    table = pq.ParquetFile(file)
+                    if store.is_local(self.url):
+                        parquet.check_pages(self.url, file, table, columns)
+                    for batch in table.iter_batches(_BLOCK_ROWS, columns=list(columns)):
                         yield _as_array(batch, columns)
                 return
             self.require_numbers(columns)
@@ -183,7 +194,9 @@ def _open_csv(url: str) -> Source:
 
 def _csv_header(url: str) -> tuple[str, list[str]]:
     with _file(url) as file:
-        line = io.TextIOWrapper(file, "utf-8-sig", newline="").readline()
+        line = io.TextIOWrapper(file, "utf-8-sig", newline="").readline(_BLOCK_BYTES)
+    if len(line) == _BLOCK_BYTES:
+        raise SchemaError(url, f"has no end of a line in its first {_BLOCK_BYTES:,} letters: it is no table")
     if not line.strip():
         raise SchemaError(url, "is empty: expected a line of column names and a line for each well")
     delimiter = max(",;\t", key=line.count)
@@ -281,16 +294,58 @@ def _h5ad(url: str) -> Iterator[Any]:
         yield stored
 
 
+def _member(url: str, group: Any, name: str) -> Any:
+    """A part of a file by its path, if it lies in that file: HDF5 can make any file of the disk look like a part."""
+    import h5py
+
+    for part in name.split("/"):
+        if not isinstance(group.get(part, getlink=True), h5py.HardLink):
+            raise SchemaError(url, f"has no part {name!r} of its own")
+        group = group[part]
+    if isinstance(group, h5py.Dataset):
+        if group.external or group.is_virtual:
+            raise SchemaError(url, f"{name!r} lies in other files, which are not read")
+        if group.dtype.kind not in "biufSUO":
+            raise SchemaError(url, f"{name!r} holds {group.dtype}; expected numbers or text")
+        _check_chunks(url, group)
+    return group
+
+
+def _stretch(url: str, stored: Any, rows: slice = slice(None)) -> NDArray[Any]:
+    """Rows of a dataset, if that is not more than a read may take."""
+    n = len(range(len(stored))[rows])
+    width = max(stored.dtype.itemsize, 64 if stored.dtype.hasobject else 0)
+    check_size(url, f"{stored.name!r}", n * math.prod(stored.shape[1:]) * width)
+    return np.asarray(stored[rows])
+
+
+def _check_chunks(url: str, stored: Any) -> None:
+    """Refuse compressed chunks that become more than they should: HDF5 goes on until they end."""
+    if stored.chunks is None or stored.compression is None:
+        return
+    most = math.prod(stored.chunks) * stored.dtype.itemsize
+    check_size(url, f"a chunk of {stored.name!r}", most)
+    large: list[tuple[int, ...]] = []
+    limit = read_limit() // _DEFLATE
+    stored.id.chunk_iter(lambda chunk: large.append(chunk.chunk_offset) if chunk.size > limit else None)
+    for offset in large:
+        mask, data = stored.id.read_direct_chunk(offset)
+        if stored.compression == "gzip" and not mask:
+            inflate(url, data, most + 2**16, wbits=15)
+
+
 def _open_h5ad(url: str) -> Source:
     with _h5ad(url) as stored:
-        obs = [str(name) for name in stored["obs"].attrs["column-order"]]
-        numbers = [name for name in obs if getattr(stored["obs"][name], "dtype", np.dtype("O")).kind in "iuf"]
-        variables = _decoded(stored["var"][stored["var"].attrs["_index"]][:])
-        shape = _shape_of_x(url, stored["X"])
+        obs, var = (_member(url, stored, name) for name in ("obs", "var"))
+        names_of_obs = [str(name) for name in obs.attrs["column-order"]]
+        kinds = [getattr(_member(url, obs, name), "dtype", np.dtype("O")).kind for name in names_of_obs]
+        numbers = [name for name, kind in zip(names_of_obs, kinds, strict=True) if kind in "iuf"]
+        variables = _decoded(_stretch(url, _member(url, var, str(var.attrs["_index"]))))
+        shape = _shape_of_x(url, _member(url, stored, "X"))
     if shape[1] != len(variables):
         raise SchemaError(url, f"X has {shape[1]} columns and var {len(variables)} names")
     names = tuple(str(name) for name in variables)
-    return Source(url, "h5ad", (*obs, *names), frozenset([*numbers, *names]), names)
+    return Source(url, "h5ad", (*names_of_obs, *names), frozenset([*numbers, *names]), names)
 
 
 def _shape_of_x(url: str, x: Any) -> tuple[int, ...]:
@@ -306,39 +361,44 @@ def _variable_blocks(url: str, variables: Sequence[str], columns: Sequence[str])
     place = {name: i for i, name in enumerate(variables)}
     wanted = np.array([place[name] for name in columns])
     with _h5ad(url) as stored:
-        x = stored["X"]
+        x = _member(url, stored, "X")
         n, dimension = _shape_of_x(url, x)
+        check_size(url, f"{_BLOCK_ROWS} rows", _BLOCK_ROWS * dimension * 4)
+        parts = [] if hasattr(x, "shape") else [_member(url, x, name) for name in ("indptr", "data", "indices")]
         for start in range(0, n, _BLOCK_ROWS):
             stop = min(start + _BLOCK_ROWS, n)
-            if hasattr(x, "shape"):
-                block = np.asarray(x[start:stop], np.float32)
+            if not parts:
+                block = np.asarray(_stretch(url, x, slice(start, stop)), np.float32)
             else:
                 block = np.zeros((stop - start, dimension), np.float32)
-                bounds = x["indptr"][start : stop + 1]
+                bounds = _stretch(url, parts[0], slice(start, stop + 1)).astype(np.int64)
                 rows = np.repeat(np.arange(stop - start), np.diff(bounds))
                 held = slice(int(bounds[0]), int(bounds[-1]))
-                block[rows, x["indices"][held]] = x["data"][held]
+                data, places = (_stretch(url, part, held) for part in parts[1:])
+                block[rows, places] = data
             yield np.ascontiguousarray(block[:, wanted])
 
 
 def _read_obs(url: str, columns: Sequence[str]) -> pd.DataFrame:
     with _h5ad(url) as stored:
-        obs = stored["obs"]
-        n = _shape_of_x(url, stored["X"])[0]
-        return pd.DataFrame({name: _obs_column(obs[name]) for name in columns}, index=range(n))
+        obs = _member(url, stored, "obs")
+        n = _shape_of_x(url, _member(url, stored, "X"))[0]
+        check_size(url, "obs", n * len(columns) * 8)
+        return pd.DataFrame({name: _obs_column(url, _member(url, obs, name)) for name in columns}, index=range(n))
 
 
-def _obs_column(stored: Any) -> NDArray[Any]:
+def _obs_column(url: str, stored: Any) -> NDArray[Any]:
     """A column of ``obs``: an array, categories with their codes, or values with a mask."""
     if hasattr(stored, "shape"):
-        return _decoded(stored[:])
+        return _decoded(_stretch(url, stored))
     if "codes" in stored:
-        categories, codes = _decoded(stored["categories"][:]), stored["codes"][:]
+        categories = _decoded(_stretch(url, _member(url, stored, "categories")))
+        codes = _stretch(url, _member(url, stored, "codes"))
         values = np.full(len(codes), None, object)
         values[codes >= 0] = categories.astype(object)[codes[codes >= 0]]
         return values
-    values = _decoded(stored["values"][:]).astype(object)
-    values[stored["mask"][:].astype(bool)] = None
+    values = _decoded(_stretch(url, _member(url, stored, "values"))).astype(object)
+    values[_stretch(url, _member(url, stored, "mask")).astype(bool)] = None
     return values
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import compress
@@ -19,10 +20,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from storage_schemas import store
 from storage_schemas.ahead import ahead
 from storage_schemas.errors import InputError, SchemaError
-from storage_schemas.keys import WellKey
+from storage_schemas.keys import WellKey, check_name
 
 VERSION = 1
 PROFILES_IMPORT = "profiles_import"  # the key of a manifest's configuration that holds all of an import's
+
+# A manifest may come from others, and some of fsspec's protocols run code or fetch pages.
+_PLACE = re.compile(r"(?!.*::)(?:/|(?:file|memory|s3|s3a|gs|gcs|az|abfs|abfss)://).*")
 
 Stage = Literal["segment", "train", "embed", "index", "statistics", "evaluate", "report"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -120,8 +124,15 @@ class Screen:
         Raises:
             SchemaError: if there is none.
         """
-        cells = cls(url).read_manifest().cells
-        return cls(url, cls(cells) if cells is not None else None)
+        screen = cls(url)
+        cells = screen.read_manifest().cells
+        if cells is None:
+            return screen
+        if not _PLACE.fullmatch(cells):
+            raise SchemaError(
+                screen.manifest_url, f"takes its cells from {cells!r}; expected an absolute path, or a URL of a store"
+            )
+        return cls(url, cls(cells))
 
     # --- paths -------------------------------------------------------------------------------
 
@@ -142,7 +153,7 @@ class Screen:
 
     def calibration(self, plate: str) -> str:
         """A plate's flat field and intensity range."""
-        return self._owner("segment")._path("calibration", f"{plate}.npz")
+        return self._owner("segment")._path("calibration", f"{check_name(plate, 'plate')}.npz")
 
     def cells(self, well: WellKey) -> str:
         """A well's tracked cells; the file that commits a unit of `segment`."""
@@ -204,7 +215,7 @@ class Screen:
 
     def added(self, name: str = "") -> str:
         """Where plates of another screen lie that were added to the index, with their embeddings; or all such."""
-        return self._path("added", name) if name else self._path("added")
+        return self._path("added", check_name(name, "screen")) if name else self._path("added")
 
     @property
     def evaluation(self) -> str:
@@ -332,7 +343,7 @@ class Screen:
 
     def remove_cells(self, plate: str) -> None:
         """Remove a plate's tables of cells, so that `segment` does its wells again."""
-        store.remove(self._path("cells", plate))
+        store.remove(self._path("cells", check_name(plate, "plate")))
 
     def remove_unit(self, well: WellKey) -> None:
         """Remove what `segment` has written of a well, the table that commits it first, and its embeddings."""
@@ -396,7 +407,10 @@ def _digest(url: str) -> str:
 
 
 def _read_failures(url: str) -> list[Failure]:
-    return [Failure(**record) for record in store.read_json(url)] if store.exists(url) else []
+    try:
+        return [Failure(**record) for record in store.read_json(url)] if store.exists(url) else []
+    except TypeError as error:
+        raise SchemaError(url, "is not a list of failures: remove it, and its well is done again") from error
 
 
 def fingerprint(*parts: Any) -> str:

@@ -14,7 +14,6 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
 import numpy as np
-import openpyxl
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -778,6 +777,8 @@ def _read_xlsx(url: str, data: bytes, sheet: str | None) -> pd.DataFrame:
 
 def _check_workbook(url: str, data: bytes) -> None:
     """Refuse a workbook that unpacks to too much, or whose sheets claim more cells than anyone has filled in."""
+    import openpyxl  # the readers of all other tables start without it
+
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         size = sum(part.file_size for part in archive.infolist())
     if size > _MAX_TEXT:

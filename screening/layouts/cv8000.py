@@ -24,6 +24,7 @@ from screening.layouts.planes import (
     PlaneFile,
     Planes,
     beside,
+    check_planes,
     collect,
     one_plate,
     positive,
@@ -189,7 +190,9 @@ def _promised(records: list[_Record], failures: list[_Failure], time_points: int
             for site, time, channel, z in images
             if failure.site in (None, site) and failure.time in (None, time)
         }
+        check_planes(len(planes))
     if len({record.line for record in records}) == 1:
+        check_planes(len({(well, site, channel, z) for well, site, _, channel, z in planes}) * time_points)
         planes |= {
             (well, site, later, channel, z)
             for well, site, _, channel, z in tuple(planes)

@@ -25,6 +25,7 @@ from screening.layouts.planes import (
     PlaneFile,
     Planes,
     beside,
+    check_planes,
     collect,
     one_plate,
     plate_folder,
@@ -238,6 +239,7 @@ class _Htd:
 
     def planes(self, found_sites: set[str], projected: set[str]) -> list[Plane]:
         """Every plane to be acquired; channels ``projected`` have but one z plane on disk."""
+        check_planes(len(self.wells) * len(self.sites) * self.times * len(self.waves) * self.zs)
         return [
             (well, site, time, str(wave), z)
             for well, site, time, wave in product(

@@ -17,6 +17,8 @@ from storage_schemas.missing import ABSENT, PLANE, WITHOUT, ZEROS
 # The largest plates made: 1536 wells are 32 rows (A..AF) of 48 columns.
 MAX_ROWS = 32
 MAX_COLUMNS = 48
+# More than any plate has: 1536 wells of 9 sites, 5 channels and 200 time points are 14 million.
+MAX_PLANES = 2 * 10**7
 
 Plane = tuple[str, str, int, str, int]
 PlaneFile = tuple[str, str, str, int, str, int]
@@ -218,6 +220,19 @@ def beside(documents: Mapping[str, bytes], folder: str, inside: re.Pattern[str])
 def plate_folder(name: str, inside: re.Pattern[str]) -> str:
     """The folder of a file's plate: its own without the parts that lie ``inside`` every plate's."""
     return "/".join(part for part in name.split("/")[:-1] if not inside.fullmatch(part))
+
+
+def check_planes(n: int) -> None:
+    """Refuse metadata that promise more planes than any plate has, before they are listed.
+
+    Raises:
+        InputError: if they do.
+    """
+    if n > MAX_PLANES:
+        raise InputError(
+            f"the metadata promise {n:,} planes, and no plate has more than {MAX_PLANES:,}: they are damaged, or of "
+            "several plates; without them names alone are read"
+        )
 
 
 def positive(value: float | None) -> float | None:
