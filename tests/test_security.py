@@ -526,7 +526,7 @@ def test_what_is_too_large_is_an_error_before_it_is_read(case: Case, outcomes: d
     outcome = outcomes[case.name]
     assert "InputError" in outcome["said"]
     assert re.search(case.said, outcome["said"])
-    assert outcome["seconds"] < 30
+    assert outcome["seconds"] < 20
     first = outcomes[CASES[0].name]["peak"]
     assert outcome["peak"] - first < 1.5 * 2**30
 
