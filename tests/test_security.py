@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ import yaml
 from bombs import CASES, Case
 from conftest import Command
 from hostile import h5ad, torch_file, zarr_v2, zip_of
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from indexed_screens import write_screen
 
 from pipelines.config import load
@@ -46,11 +49,12 @@ from screening.torch_files import read_state_dict
 from storage_schemas import arrays, checkpoint, clips, index, plate, store, tables
 from storage_schemas.calibration import read_calibration
 from storage_schemas.errors import InputError, SchemaError
+from storage_schemas.ingest import IngestRecord, read_record
 from storage_schemas.keys import SiteKey, WellKey
 from storage_schemas.limits import VARIABLE, check_size, read_limit
 from storage_schemas.missing import read_missing
 from storage_schemas.profile_sources import open_source
-from storage_schemas.screen import Manifest, Screen
+from storage_schemas.screen import Failure, Manifest, Screen, StageRecord
 from storage_schemas.truth import Truth
 from tune.space import load_search
 
@@ -226,7 +230,7 @@ def test_an_h5ad_file_is_one_file(tmp_path: Path) -> None:
     layout = h5py.VirtualLayout((2, 1), "f4")
     layout[:] = h5py.VirtualSource(str(tmp_path / "other.h5ad"), "X", (2, 1))
 
-    def replaced(how: Callable[[h5py.File], None]) -> Callable[[h5py.File], None]:
+    def without_x(how: Callable[[h5py.File], None]) -> Callable[[h5py.File], None]:
         def change(file: h5py.File) -> None:
             del file["X"]
             how(file)
@@ -240,10 +244,97 @@ def test_an_h5ad_file_is_one_file(tmp_path: Path) -> None:
         lambda file: file.create_virtual_dataset("X", layout),
     ]
     for change in changes:
-        h5ad(tmp_path / "x.h5ad", replaced(change))
+        h5ad(tmp_path / "x.h5ad", without_x(change))
         with pytest.raises(SchemaError, match=r"x\.h5ad: .*'X'"):
             list(open_source(str(tmp_path / "x.h5ad")).blocks(["v"]))
         (tmp_path / "x.h5ad").unlink()
+
+
+# --- metadata of any form ------------------------------------------------------------------------
+
+JUNK = (None, True, -1, 0, 10**30, 1e308, "", "..", "\0", "x" * 3000, [], [None], ["a"], [[]], {}, {"a": 1})
+
+
+def spots(document: object, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The places of all values in a JSON document."""
+    inner: list[tuple[Any, Any]] = []
+    if isinstance(document, dict | list):
+        inner = list(document.items() if isinstance(document, dict) else enumerate(document))
+    return [path, *(spot for key, value in inner for spot in spots(value, (*path, key)))]
+
+
+def replaced(document: Any, path: tuple[Any, ...], value: object) -> Any:
+    if not path:
+        return value
+    copy = document.copy()
+    copy[path[0]] = replaced(copy[path[0]], path[1:], value)
+    return copy
+
+
+def look_at_plate(url: str) -> None:
+    opened = plate.open_plate(url)
+    for well in opened.well_paths:
+        for site in opened.sites(well).values():
+            plate.open_site(site).read(frames=[0])
+    read_record(url)
+
+
+def look_at_labels(url: str) -> None:
+    plate.write_labels(url, {"nuclei": np.zeros((1, 8, 8), np.int32)})
+    plate.open_labels(url, "nuclei")
+
+
+def look_at_clips(url: str) -> None:
+    array = clips.open_clips(url)
+    clips.channel_names(array), clips.frame_numbers(array), clips.read_ranges(url), clips.read_clips(url, [0])
+
+
+@pytest.fixture(scope="module")
+def described(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Callable[[], object]]]:
+    """JSON documents that are read, and who reads them."""
+    folder = tmp_path_factory.mktemp("described")
+    url, array, screen = str(folder / "p.zarr"), str(folder / "c.zarr"), Screen(str(folder / "screen"))
+    plate.create_well(url, "B02", {"0": np.zeros((1, 2, 8, 8), np.uint16)}, ["a", "b"], pixel_size=0.5)
+    plate.list_wells(url, "p", ["B02"], IngestRecord().model_dump())
+    plate.write_labels(f"{url}/B/02/0", {"nuclei": np.zeros((1, 8, 8), np.int32)})
+    ranges = clips.Ranges(np.zeros((1, 2), np.float32), np.ones((1, 2), np.float32))
+    clips.write_clips(array, np.zeros((1, 2, 1, 8, 8), np.uint8), ["a", "b"], [0], ranges)
+    screen.write_manifest(Manifest(software={"a": "1"}, config={"x": 1}, inputs="x", cells="/x"))
+    screen.write_record("segment", StageRecord(fingerprint="x", counts={"a": 1}, notes=["x"]))
+    screen.write_failures("segment", WellKey("p", "B02"), [Failure("p/B02", "x", "y")])
+    kept = checkpoint.CheckpointManifest({"a": 1}, ("a",), ("c",), 4, (0.1,), (1.0,), 8, 1, ({"epoch": 1},), "f")
+    checkpoint.write_checkpoint(screen.checkpoint, kept, {"w": np.zeros(2, np.float32)})
+    return {
+        "plate": (folder / "p.zarr/zarr.json", lambda: look_at_plate(url)),
+        "well": (folder / "p.zarr/B/02/zarr.json", lambda: look_at_plate(url)),
+        "image": (folder / "p.zarr/B/02/0/zarr.json", lambda: look_at_plate(url)),
+        "array": (folder / "p.zarr/B/02/0/0/zarr.json", lambda: look_at_plate(url)),
+        "labels": (folder / "p.zarr/B/02/0/labels/zarr.json", lambda: look_at_labels(f"{url}/B/02/0")),
+        "clips": (folder / "c.zarr/zarr.json", lambda: look_at_clips(array)),
+        "manifest": (Path(screen.manifest_url), lambda: Screen.open(screen.url)),
+        "failures": (folder / "screen/failures/segment/p/B02.json", lambda: screen.failures("segment")),
+        "checkpoint": (Path(screen.checkpoint) / "manifest.json", lambda: checkpoint.read_manifest(screen.checkpoint)),
+    }
+
+
+@pytest.mark.parametrize(
+    "name", ["plate", "well", "image", "array", "labels", "clips", "manifest", "failures", "checkpoint"]
+)
+@given(data=st.data())
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_metadata_of_any_form_are_read_or_an_error_that_can_be_mended(
+    name: str, described: dict[str, tuple[Path, Callable[[], object]]], data: st.DataObject
+) -> None:
+    file, look = described[name]
+    whole = file.read_bytes()
+    document = json.loads(whole)
+    path = data.draw(st.sampled_from(spots(document)))
+    file.write_text(json.dumps(replaced(document, path, data.draw(st.sampled_from(JUNK)))))
+    try:
+        with suppress(InputError):
+            look()
+    finally:
+        file.write_bytes(whole)
 
 
 # --- pickles -------------------------------------------------------------------------------------
