@@ -193,6 +193,7 @@ CASES = [
     Case("text.parquet", _bytes(lambda: h.parquet(h.repeated_text())), _user_table, "memory"),
     Case("texts.parquet", _bytes(lambda: h.parquet(h.repeated_text())), _profiles, "memory"),
     Case("ids.parquet", h.long_ids, _ids, "memory"),
+    Case("strip.tif", _bytes(h.exploding_tiff), _tiff, "not a readable TIFF"),
     Case("chunk.h5ad", lambda path: h.h5ad(path, h.exploding_chunk), _profiles, "decompress"),
     Case("gzip2.zarr", _v2(h.gzip_bomb, "gzip"), _array, _INFLATED),
     Case("zlib2.zarr", _v2(h.zlib_bomb, "zlib"), _array, _INFLATED),

@@ -254,6 +254,17 @@ def tiff(width: int, height: int, *, compressed: bool = False) -> bytes:
     return bytes(data)
 
 
+def exploding_tiff() -> bytes:
+    """A TIFF of 8 × 8 pixels whose only strip goes on for gigabytes."""
+    data, bomb = bytearray(tiff(8, 8, compressed=True)), zlib_bomb()
+    with tifffile.TiffFile(io.BytesIO(data)) as read:
+        for name, value in {"StripOffsets": len(data), "StripByteCounts": len(bomb)}.items():
+            tag = read.pages.first.tags[name]
+            data[tag.offset + 2 : tag.offset + 4] = struct.pack("<H", 4)
+            data[tag.offset + 8 : tag.offset + 12] = struct.pack("<I", value)
+    return bytes(data) + bomb
+
+
 def jpeg(width: int, height: int) -> bytes:
     """A JPEG of 8 × 8 pixels that says that it has others."""
     sink = io.BytesIO()
