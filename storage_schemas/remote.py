@@ -32,7 +32,7 @@ from storage_schemas.errors import StoreError
 PATIENCE = 60.0  # seconds from the first try after which no other is begun
 
 _SHORTEST, _LONGEST = 0.25, 5.0  # seconds of the pauses between tries, which double
-_SLOWEST = 100_000  # bytes a second, below which an upload counts as stuck
+_STUCK, _SLOWEST = 60.0, 100_000  # an upload that takes more seconds than this and its size at so many bytes a second
 _ROUNDS = 5  # of removing, until nothing is left
 
 _log = logging.getLogger(__name__)
@@ -254,7 +254,7 @@ class RemoteFileSystem(AsyncFileSystem):  # type: ignore[misc]  # fsspec is unty
         tries = 0
         while True:
             try:
-                async with asyncio.timeout(PATIENCE + size / _SLOWEST if size else None):
+                async with asyncio.timeout(_STUCK + size / _SLOWEST if size else None):
                     return await ask()
             except Exception as error:
                 refusal = _refusal(error)

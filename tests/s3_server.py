@@ -31,8 +31,8 @@ KEY, SECRET, REGION = "test-key", "test-secret", "us-east-1"
 
 # Statuses of faults that are answers. The others cut the connection: before the store hears of the request; after it
 # has done what was asked; and in the middle of the answer.
-ANSWERED = {"slow_down": (503, "SlowDown"), "error": (500, "InternalError")}
-FAULTS = (*ANSWERED, "reset", "lost", "truncated", "delay")
+ANSWERED = {"slow_down": (503, "SlowDown"), "error": (500, "InternalError"), "denied": (403, "AccessDenied")}
+FAULTS = ("slow_down", "error", "reset", "lost", "truncated", "delay")
 
 _CONTROL = "/-/"  # no bucket can be called so
 _HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "upgrade", "expect", "date", "server"}
@@ -112,6 +112,10 @@ class S3Server:
         """How many requests of each kind have ended how, as "put 200", since the start or :meth:`forget`."""
         return Counter(self._call("GET")["counts"])
 
+    def waiting(self) -> Counter[str]:
+        """How many requests of each kind have come and are not answered yet."""
+        return Counter(self._call("GET")["waiting"])
+
     def forget(self) -> None:
         """Count from 0, and let no request have come before."""
         self._tell(forget=True)
@@ -163,6 +167,7 @@ class _Proxy:
         self._slow = 0.0
         self._cut_until = 0.0
         self._counts: Counter[str] = Counter()
+        self._waiting: Counter[str] = Counter()
         self._times: Counter[str] = Counter()
         self._session: aiohttp.ClientSession | None = None
         # The store behind looks whether a condition is met and then writes: two steps, which S3 does in one.
@@ -173,12 +178,15 @@ class _Proxy:
             return await self._control(request)
         kind = kind_of(request.method, request.path, request.query_string)
         fault = self._fault(request, kind)
+        self._waiting[kind] += 1
         try:
             answer = await self._answer(request, fault)
         except _Cut:
             self._counts[f"{kind} {fault or 'cut'}"] += 1
             _reset(request)
             raise asyncio.CancelledError from None  # nothing more is to be written
+        finally:
+            self._waiting[kind] -= 1
         self._counts[f"{kind} {answer.status}"] += 1
         return answer
 
@@ -255,7 +263,7 @@ class _Proxy:
             if "forget" in told:
                 self._counts.clear()
                 self._times.clear()
-        return web.json_response({"counts": dict(self._counts)})
+        return web.json_response({"counts": dict(self._counts), "waiting": dict(self._waiting)})
 
 
 class _Cut(Exception):
