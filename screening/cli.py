@@ -538,8 +538,8 @@ def demo(
     from pipelines.simulate import simulate as write
     from screening.evaluation import score_table
     from screening.simulation import SimulationConfig
+    from storage_schemas import store
     from storage_schemas.screen import Screen
-    from storage_schemas.store import read_json
 
     plates, folder = f"{out}/plates", f"{out}/screen"
     with cluster(ResourcesConfig()):
@@ -547,11 +547,11 @@ def demo(
     failed = run_screen(load(f"{plates}/{RUN_CONFIG}", settings or ()), folder)
     screen = Screen(folder)
     typer.echo("\nHeld-out tests: a cell's nearest cells, are they of its mechanism of action (MOA)?\n")
-    _print(score_table(read_json(screen.evaluation)), Format.table)
+    _print(score_table(store.read_json(screen.evaluation)), Format.table)
     compound = "uncoupler-1"
     typer.echo(f"\n$ screening query {folder} --compound {compound} -k 5\n")
     _print(Searcher(screen).query(compound=compound, k=5), Format.table)
-    typer.echo(f"\nThe report, to open in a browser: {Path(screen.report).resolve()}")
+    typer.echo(f"\nThe report, to open in a browser: {store.absolute(screen.report)}")
     if failed:
         raise typer.Exit(Exit.SOME_FAILED)
 

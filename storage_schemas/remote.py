@@ -107,6 +107,10 @@ class ChangedError(StoreError):
     """What was to be replaced, or was being read, is no longer what it was: somebody else has written it."""
 
 
+class UnknownRequestError(StoreError):
+    """The store does not know what it was asked for."""
+
+
 class RemoteFileSystem(AsyncFileSystem):  # type: ignore[misc]  # fsspec is untyped
     """An fsspec file system whose requests are tried again; for reading, and for writing of whole objects.
 
@@ -189,14 +193,17 @@ class RemoteFileSystem(AsyncFileSystem):  # type: ignore[misc]  # fsspec is unty
     # --- writing -----------------------------------------------------------------------------
 
     async def _pipe_file(self, path: str, data: bytes, mode: str = "overwrite", **kwargs: Any) -> None:
-        """Put an object; on S3 ``IfMatch`` allows for no other version of it in its place, and ``create`` for none.
+        """Put an object; on S3 ``IfMatch`` allows for no other version of it in its place.
 
         Raises:
-            ChangedError: if another is there.
+            ChangedError: if another is there, and the store is one that looks.
         """
-        if self._is_s3 and mode != "overwrite":
-            kwargs["mode"] = mode
-        await self._patiently(path, lambda: self.behind._pipe_file(path, data, **kwargs), len(data))
+        try:
+            await self._patiently(path, lambda: self.behind._pipe_file(path, data, **kwargs), len(data))
+        except UnknownRequestError:
+            if "IfMatch" not in kwargs:
+                raise
+            await self._patiently(path, lambda: self.behind._pipe_file(path, data), len(data))
 
     async def _put_file(self, lpath: str, rpath: str, mode: str = "overwrite", **kwargs: Any) -> None:
         size = os.path.getsize(lpath)
@@ -331,6 +338,8 @@ def _refusal(error: Exception) -> Callable[[str], StoreError] | None:
         )
     if code == "PreconditionFailed" or status == 412 or isinstance(error, FileExistsError):
         return lambda url: ChangedError(url, "was changed by somebody else meanwhile")
+    if code == "NotImplemented" or status == 501:
+        return lambda url: UnknownRequestError(url, f"the store does not know how to do it: {said}", lasting=True)
     if code == "RequestTimeTooSkewed":
         return lasting("the store refuses, since the clock of this machine is wrong; set it")
     names = {kind.__name__ for each in _causes(error) for kind in type(each).__mro__}

@@ -31,7 +31,12 @@ KEY, SECRET, REGION = "test-key", "test-secret", "us-east-1"
 
 # Statuses of faults that are answers. The others cut the connection: before the store hears of the request; after it
 # has done what was asked; and in the middle of the answer.
-ANSWERED = {"slow_down": (503, "SlowDown"), "error": (500, "InternalError"), "denied": (403, "AccessDenied")}
+ANSWERED = {
+    "slow_down": (503, "SlowDown"),
+    "error": (500, "InternalError"),
+    "denied": (403, "AccessDenied"),
+    "unknown": (501, "NotImplemented"),
+}
 FAULTS = ("slow_down", "error", "reset", "lost", "truncated", "delay")
 
 _CONTROL = "/-/"  # no bucket can be called so
@@ -95,7 +100,8 @@ class S3Server:
         Args:
             share: of requests, 0 to 1.
             faults: of which kinds, drawn evenly.
-            only: a regular expression that "KIND /path" must contain (see :func:`kind_of`).
+            only: a regular expression that "KIND /path" must contain (see :func:`kind_of`), "KIND /path if" where the
+                request is conditional.
             delay: seconds that a delayed request waits.
         """
         self._tell(share=share, faults=list(faults), only=only, delay=delay)
@@ -245,7 +251,8 @@ class _Proxy:
         path = re.sub("uploadId=[^&]*", "", request.path_qs)  # made up anew by the store each time
         what = f"{request.method} {path} {request.headers.get('Range', '')}"
         self._times[what] += 1
-        if not re.search(self._only, f"{kind} {request.path}"):
+        condition = " if" if "If-Match" in request.headers or "If-None-Match" in request.headers else ""
+        if not re.search(self._only, f"{kind} {request.path}{condition}"):
             return None
         rng = random.Random(f"{self._seed} {what} {self._times[what]}")
         return rng.choice(self._faults) if rng.random() < self._share else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import botocore.config
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from botocore.exceptions import BotoCoreError, ClientError
 from conftest import Command, Outcome
@@ -298,6 +300,15 @@ def test_a_change_whose_answer_is_lost_is_made(server: S3Server, root: str) -> N
     assert store.read_json(url) == {"a": 1, **{f"b{number}": number for number in range(6)}}
 
 
+def test_a_store_without_conditions_is_written_to_without(server: S3Server, root: str) -> None:
+    url = store.join(root, "x.json")
+    store.write_json(url, {"a": 1})
+    server.fail(1, ("unknown",), only="^put .* if$")
+    store.update_json(url, lambda document: {**document, "b": 2})
+    assert store.read_json(url) == {"a": 1, "b": 2}
+    assert server.counts()["put 501"] == 1
+
+
 def test_a_file_that_is_replaced_while_it_is_read_is_told(server: S3Server, root: str) -> None:
     url = store.join(root, "x")
     store.write_bytes(url, bytes(12 * 2**20))
@@ -472,3 +483,87 @@ def test_secrets_in_a_url_are_refused_and_not_repeated(url: str, command: Comman
 def test_ordinary_urls_are_let_in() -> None:
     for url in ("s3://b/a:b@c", "s3://b/key=1?x", "memory://b/x?monkey=2", "sftp://user@host/x"):
         assert not remote.has_secrets(url), url
+
+
+# --- a whole screen --------------------------------------------------------------------------
+
+HIDDEN = "hush-hush-5f0c"  # a secret key that must turn up nowhere
+
+
+@pytest.fixture(scope="module")
+def screen_at_store(
+    small_screen: Path, small_settings: list[str], subprocess_command: Command, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[S3Server, str, str]]:
+    """A server of which 5 % of the requests fail, the screen that was run from plates to report on it, what was said.
+
+    Plates and tables lie there too.
+    """
+    with S3Server(seed=6) as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in {**server.environment, "AWS_SECRET_ACCESS_KEY": HIDDEN}.items():
+            patch.setenv(name, value)
+        patch.setenv("RAY_worker_niceness", "0")
+        remote._remote.cache_clear()
+        fs, place = store.filesystem(server.url("simulated"))
+        for path in small_screen.rglob("*"):
+            if path.is_file():
+                fs.put_file(str(path), f"{place}/{path.relative_to(small_screen)}")
+        server.forget()
+        server.fail(0.05)
+        out = server.url("screen")
+        outcome = subprocess_command("run", server.url("simulated", "run.yaml"), "--out", out, *small_settings)
+        assert outcome.code == 0, outcome.err
+        asked = server.counts()
+        print("requests of the run:", sum(asked.values()), dict(sorted(asked.items())))
+        said = outcome.out + outcome.err
+        for arguments in (
+            ("query", out, "--compound", "uncoupler-1"),
+            ("predict", out, "--compound", "uncoupler-1"),
+            ("statistics", out),
+            ("status", out),
+            ("report", out, "--out", tmp_path_factory.mktemp("report") / "report.html"),
+            ("run", server.url("simulated", "run.yaml"), "--out", out, *small_settings),
+        ):
+            outcome = subprocess_command(*arguments)
+            assert outcome.code == 0, outcome.err
+            said += outcome.out + outcome.err
+        server.fail(0)
+        yield server, out, said
+    remote._remote.cache_clear()
+
+
+@pytest.mark.slow
+def test_a_screen_on_a_failing_store_is_the_same(
+    screen_at_store: tuple[S3Server, str, str], finished_screen: Path
+) -> None:
+    server, out, said = screen_at_store
+    counts = server.counts()
+    assert sum(count for what, count in counts.items() if what.split()[-1] in (*CUTS, "500", "503")) > 50
+    fs, place = store.filesystem(out)
+    there = {path.removeprefix(f"{place}/") for path in fs.find(place)}
+    here = {str(path.relative_to(finished_screen)) for path in finished_screen.rglob("*") if path.is_file()}
+    # What Ray Train keeps while it trains, and an index's folder, are named anew each time.
+    tables = {name for name in here if name.endswith(".parquet") and not name.startswith("index/")}
+    assert len(tables) > 40
+    assert tables == {name for name in there if name.endswith(".parquet") and not name.startswith("index/")}
+    for name in tables:
+        content = store.read_bytes(store.join(out, name))
+        written = pq.read_table(io.BytesIO(content)).replace_schema_metadata()
+        assert written.equals(pq.read_table(finished_screen / name).replace_schema_metadata()), name
+    exact = [name for name in here if name.startswith(("clips/", "calibration/")) or name == "evaluation.json"]
+    assert len(exact) > 16
+    for name in exact:
+        assert store.read_bytes(store.join(out, name)) == (finished_screen / name).read_bytes(), name
+    counted = [Screen(url).read_manifest().stages["segment"].counts for url in (out, str(finished_screen))]
+    assert counted[0] == counted[1]
+    assert said.count("done before") == 7
+
+
+@pytest.mark.slow
+def test_no_secret_is_written_or_said(screen_at_store: tuple[S3Server, str, str]) -> None:
+    server, _, said = screen_at_store
+    fs, place = store.filesystem(server.url())
+    names = fs.find(place)
+    assert any(name.endswith("report.html") for name in names)
+    found = [name for name in names if HIDDEN.encode() in fs.cat_file(name)]
+    assert found == []
+    assert HIDDEN not in said
