@@ -208,17 +208,24 @@ def samples(text: str, **tags: str) -> dict[str, float]:
     return found
 
 
+def eventually(look: Callable[[], Any], wanted: Callable[[Any], bool], timeout: float = 60) -> Any:
+    """What is seen once it is as wanted: Ray renews its numbers every ten seconds."""
+    end = time.monotonic() + timeout
+    while not wanted(seen := look()):
+        assert time.monotonic() < end, f"not within the time: {seen}"
+        time.sleep(0.5)
+    return seen
+
+
 def scraped(port: int, wanted: Callable[[dict[str, float]], bool], **tags: str) -> dict[str, float]:
     """The samples that have these tags, once they are as wanted."""
-    end = time.monotonic() + 40
-    found: dict[str, float] = {}
-    while time.monotonic() < end:
+
+    def look() -> dict[str, float]:
         text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
-        found = samples(text, **tags)
-        if wanted(found):
-            return found
-        time.sleep(0.5)
-    raise AssertionError(f"not within the time: {found}")
+        return samples(text, **tags)
+
+    found: dict[str, float] = eventually(look, wanted)
+    return found
 
 
 def sleeping() -> Callable[[WellKey], float]:
@@ -293,11 +300,15 @@ def test_prometheus_scrapes_a_cluster_and_a_job_logs_lines(
         command = ("run", small_screen / "run.yaml", "--out", out, "--stages", "segment", *small_settings)
         done = head.run("screening", *command, timeout=600, **where, SCREENING_LOG_FORMAT="json")
         assert done.returncode == 0, done.stderr
-        discovery = json.loads((head.temporary / "ray" / "prom_metrics_service_discovery.json").read_text())
-        assert f"{head.address}:9090" in discovery[0]["targets"]
-        time.sleep(11)  # what was counted last is told within Ray's interval
-        scrape = f"import urllib.request as r; print(r.urlopen('http://{head.address}:9090/metrics').read().decode())"
-        found = samples(head.check("python", "-c", scrape), screen="scraped", stage="segment")
+        told = head.temporary / "ray" / "prom_metrics_service_discovery.json"
+        ask = f"import urllib.request as r; print(r.urlopen('http://{head.address}:9090/metrics').read().decode())"
+
+        def scrape() -> dict[str, float]:
+            return samples(head.check("python", "-c", ask), screen="scraped", stage="segment")
+
+        found = eventually(scrape, lambda seen: seen.get("ray_screening_stage_count wells") == 16)
+        targets = eventually(lambda: json.loads(told.read_text())[0]["targets"] if told.exists() else [], bool)
+        assert f"{head.address}:9090" in targets
 
     (row,) = [row for row in stage_table(Screen(str(out))).to_dict("records") if row["stage"] == "segment"]
     assert found["ray_screening_units_total done"] == row["done"] == 16
