@@ -228,6 +228,16 @@ def test_hostile_text_is_escaped_everywhere() -> None:
     assert page.words.count('<script>alert("x")</script>') > 10
 
 
+def test_data_in_the_page_cannot_end_the_element_they_stand_in() -> None:
+    name = "</script>\u2028\u2029<!-- ]]> javascript:alert(1)"
+    text = render(screen(name))
+    data = re.findall(r"<script type=\"application/json\"[^>]*>(.*?)</script>", text, flags=re.DOTALL)
+    assert len(data) == 3
+    assert not set("<>&\u2028\u2029") & set("".join(data))
+    assert name in {compound["name"] for compound in Page(text).data("gallery-data")["compounds"]}
+    assert not re.search(r"""(?:href|src|action|style)=["']?[^"'>]*javascript:""", text)
+
+
 def test_tables_have_captions_and_scopes_and_figures_have_texts(whole: str) -> None:
     page = Page(whole)
     assert len(page.all("caption")) == len(page.all("table"))
