@@ -103,7 +103,7 @@ def segment(
 def _pair_up(screen: Screen) -> None:
     """Leave of wells that are embedded as they are segmented those of which both is there."""
     # Otherwise `embed` would take them for those of cells that it has not seen.
-    screen.forget("embed")
+    screen.write_record("embed", None)
     segmented, embedded = screen.done_units("segment"), screen.done_units("embed")
     for well in segmented ^ embedded:
         screen.remove_unit(well)

@@ -291,21 +291,20 @@ class Screen:
         """Replace the manifest."""
         store.write_json(self.manifest_url, manifest.model_dump(mode="json"))
 
-    def write_record(self, stage: Stage, record: StageRecord) -> None:
-        """Replace what the manifest says of a stage, and nothing that another run may say of others meanwhile."""
+    def write_record(self, stage: Stage, record: StageRecord | None) -> None:
+        """Replace what the manifest says of a stage, and nothing that another run may say of others meanwhile.
+
+        None has it say nothing.
+        """
 
         def change(document: Any) -> Any:
             manifest = self._parsed(document)
-            changed = manifest.model_copy(update={"stages": {**manifest.stages, stage: record}})
-            return changed.model_dump(mode="json")
+            stages = {name: of_other for name, of_other in manifest.stages.items() if name != stage}
+            if record is not None:
+                stages[stage] = record
+            return manifest.model_copy(update={"stages": stages}).model_dump(mode="json")
 
         store.update_json(self.manifest_url, change)
-
-    def forget(self, stage: Stage) -> None:
-        """Have the manifest say nothing of a stage."""
-        manifest = self.read_manifest()
-        kept = {name: record for name, record in manifest.stages.items() if name != stage}
-        self.write_manifest(manifest.model_copy(update={"stages": kept}))
 
     # --- units of work -----------------------------------------------------------------------
 
