@@ -124,7 +124,7 @@ class Fault:
 # The plate, its well and its site that is damaged; one fault a well, so that each well has a site that is whole.
 FAILED = {
     ("p", "A01", "0"): Fault(truncate_a_shard, "unreadable", "/A/01/0/0: cannot be read: a chunk is truncated"),
-    ("p", "A02", "1"): Fault(alter_a_chunk, "unreadable", "/A/02/1/0: cannot be read: a chunk is truncated, corrupt"),
+    ("p", "A02", "1"): Fault(alter_a_chunk, "unreadable", "/A/02/1/0: cannot be read: a chunk is truncated or corrupt"),
     ("p", "A03", "0"): Fault(break_the_metadata, "unreadable", "/A/03/0: is not an OME-Zarr image"),
     ("p", "A04", "1"): Fault(delete_the_metadata, "unreadable", "/A/04/1: is not a readable Zarr group"),
     ("p", "B01", "0"): Fault(remove_a_channel, "channels", "/B/01/0: has no channel ['potential']"),

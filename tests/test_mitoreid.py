@@ -487,7 +487,10 @@ def test_an_import_that_was_cut_off_goes_on(mito: Path, imported: Path, tmp_path
     assert done.code == 0
     assert digests(folder, "cells", "clips") == before
     now = times(folder, "cells", "clips")
-    assert {name for name in now if now[name] != written[name]} == {name for name in now if "l2/A03" in name}
+    again = {
+        name for name in now if "l2/A03" in name and not name.endswith("zarr.json")
+    }  # the same array is written over
+    assert {name for name in now if now[name] != written[name]} == again
 
 
 def test_broken_sequences_cost_themselves_and_are_counted(mito_copy: Path, tmp_path: Path, command: Command) -> None:
