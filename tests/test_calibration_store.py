@@ -19,7 +19,7 @@ floats = st.floats(-1e6, 1e6, width=32)
 
 
 @given(st.data(), st.integers(1, 4), st.booleans())
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 def test_a_calibration_reads_back(data: st.DataObject, channels: int, has_field: bool) -> None:
     known = floats | st.just(float("nan"))  # what no sampled frame tells
     calibration = {name: data.draw(npst.arrays("float32", channels, elements=known)) for name in FIELDS}

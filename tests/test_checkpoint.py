@@ -114,7 +114,7 @@ def test_an_interrupted_write_leaves_no_checkpoint_of_mixed_parts(
 
 
 @given(st.data())
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_truncated_weights_are_refused(data: st.DataObject) -> None:
     url = "memory://checkpoint-truncated"
     write_checkpoint(url, MANIFEST, WEIGHTS)

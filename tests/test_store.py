@@ -75,7 +75,7 @@ json_values = st.recursive(
 
 
 @given(json_values)
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 def test_json_reads_back(document: object) -> None:
     store.write_json("memory://json/x.json", document)
     assert store.read_json("memory://json/x.json") == document
@@ -127,7 +127,7 @@ def test_npz_cut_short_anywhere_is_refused(tmp_path: Path) -> None:
 
 
 @given(st.data())
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_npz_with_wrong_bytes_is_refused_or_read(data: st.DataObject) -> None:
     broken = bytearray(_npz(a=np.arange(20.0), b=np.arange(3)))
     for place in data.draw(st.lists(st.integers(0, len(broken) - 1), min_size=1, max_size=4)):

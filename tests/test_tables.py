@@ -65,7 +65,7 @@ def toy(n: int = 2) -> pd.DataFrame:
         max_size=20,
     )
 )
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 def test_values_read_back(rows: list[tuple[str | None, int | None, float | None]]) -> None:
     columns = zip(*rows, strict=True) if rows else ([], [], [])
     table = pa.Table.from_arrays(
@@ -417,7 +417,7 @@ def test_a_compound_stands_there_once(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.lists(st.text(st.characters(codec="utf-8"), max_size=6), min_size=3, max_size=3), max_size=6))
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 def test_any_text_in_a_csv_reads_back_stripped(rows: list[list[str]]) -> None:
     # A lone carriage return is a line's end to some programs and not to others.
     rows = [[cell.replace("\r", "").replace("\0", "") for cell in row] for row in rows]
