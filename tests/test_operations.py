@@ -307,7 +307,7 @@ def test_prometheus_scrapes_a_cluster_and_a_job_logs_lines(
             return samples(head.check("python", "-c", ask), screen="scraped", stage="segment")
 
         found = eventually(scrape, lambda seen: seen.get("ray_screening_stage_count wells") == 16)
-        targets = eventually(lambda: json.loads(told.read_text())[0]["targets"] if told.exists() else [], bool)
+        targets = eventually(lambda: json.loads(told.read_text())[0]["targets"] if told.exists() else [], bool, 180)
         assert f"{head.address}:9090" in targets
 
     (row,) = [row for row in stage_table(Screen(str(out))).to_dict("records") if row["stage"] == "segment"]
