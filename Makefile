@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow chaos lint audit format benchmark-site benchmark-ray benchmark-segmentation benchmark-retrieval benchmark-index benchmark-recipes benchmark-training benchmark-train-loading benchmark-ablations benchmark-report benchmark-network clean
+.PHONY: help demo test test-slow chaos lint audit format benchmark-site benchmark-ray benchmark-segmentation benchmark-retrieval benchmark-index benchmark-recipes benchmark-training benchmark-train-loading benchmark-ablations benchmark-report benchmark-network benchmark-engine benchmark-scale benchmark-memory benchmark-costs clean
 
 help:
 	@echo "make demo       simulate a small screen, run every stage, ask it a question (into demo/)"
@@ -27,6 +27,10 @@ help:
 	@echo "make benchmark-train-loading  training through the loader beside batches in memory"
 	@echo "make benchmark-network  clips a second of training and embedding, and their share of the device's matrix rate"
 	@echo "make benchmark-ablations  MitoReID's two tables on a simulated screen (into ablations/)"
+	@echo "make benchmark-engine  units of 1 s, 0.1 s and 10 ms and real wells through Ray, beside a plain loop"
+	@echo "make benchmark-scale  the engine with 100 to 100,000 units; nodes, cores, cells a unit"
+	@echo "make benchmark-memory  peaks of memory over 8 and 16 GiB of pixels with a small object store"
+	@echo "make benchmark-costs  time, storage and cost of 1,000 × 384 wells, extrapolated"
 	@echo "make benchmark-report  the page of a 384-well screen: its size, and how soon a browser shows it"
 	@echo "make clean      remove the environment, caches, builds and demo/"
 
@@ -92,6 +96,18 @@ benchmark-network: $(INSTALLED)
 
 benchmark-ablations: $(INSTALLED)
 	$(BIN)/python benchmarks/ablations.py ablations
+
+benchmark-engine: $(INSTALLED)
+	$(BIN)/python benchmarks/engine.py
+
+benchmark-scale: $(INSTALLED)
+	$(BIN)/python benchmarks/scale.py
+
+benchmark-memory: $(INSTALLED)
+	$(BIN)/python benchmarks/memory.py
+
+benchmark-costs: $(INSTALLED)
+	$(BIN)/python benchmarks/costs.py
 
 benchmark-report: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/report.py
