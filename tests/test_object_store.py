@@ -547,8 +547,10 @@ def test_a_screen_on_a_failing_store_is_the_same(
     assert tables == {name for name in there if name.endswith(".parquet") and not name.startswith("index/")}
     for name in tables:
         content = store.read_bytes(store.join(out, name))
-        written = pq.read_table(io.BytesIO(content)).replace_schema_metadata()
-        assert written.equals(pq.read_table(finished_screen / name).replace_schema_metadata()), name
+        written, expected = (pq.read_table(source) for source in (io.BytesIO(content), finished_screen / name))
+        assert written.schema.equals(expected.schema), name
+        # Missing numbers, which Arrow takes for unlike each other, are here alike.
+        pd.testing.assert_frame_equal(written.to_pandas(), expected.to_pandas(), check_exact=True, obj=name)
     exact = [name for name in here if name.startswith(("clips/", "calibration/")) or name == "evaluation.json"]
     assert len(exact) > 16
     for name in exact:
