@@ -44,6 +44,7 @@ from s3_server import KEY, REGION, SECRET, S3Server
 Kind = Literal["worker", "raylet", "node", "notice", "driver", "head"]
 Where = Literal["disk", "S3"]
 Moment = Literal["segment", "train", "embed"]
+Way = Literal["train", "network", "one pass"]  # a network is trained; one is taken; and no clips are kept
 T = TypeVar("T")
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -62,8 +63,9 @@ SIMULATION = {
 }
 WELLS = 24
 WORKERS = 2
+STARTS = 5
 EPOCHS = 3
-SETTINGS = {
+SETTINGS: dict[str, object] = {
     "model.width": 4,
     "segment.clips.size": 32,
     "segment.clips.frames": 4,
@@ -128,11 +130,13 @@ class Plan:
     Attributes:
         seed: that it is drawn from.
         where: plates and screen lie.
+        way: that the run goes.
         faults: in the order in which they happen.
     """
 
     seed: int
     where: Where
+    way: Way
     faults: tuple[Fault, ...]
 
 
@@ -142,7 +146,10 @@ def draw(seed: int) -> Plan:
     kinds = [FIRST[seed % len(FIRST)], *rng.choices(KINDS, k=rng.randrange(3))]
     faults = [_draw_fault(rng, kind) for kind in kinds]
     faults.sort(key=lambda fault: (MOMENTS.index(fault.moment), fault.count))
-    return Plan(seed, "S3" if seed % 2 else "disk", tuple(faults))
+    way: Way = "one pass" if seed % 5 == 3 else "network"
+    if any(fault.moment == "train" for fault in faults):
+        way = "train"
+    return Plan(seed, "S3" if seed % 2 else "disk", way, tuple(faults))
 
 
 def _draw_fault(rng: random.Random, kind: Kind) -> Fault:
@@ -209,16 +216,22 @@ class Cluster:
     @property
     def environment(self) -> dict[str, str]:
         """What the processes of Ray and those who talk to them are told."""
-        # Ray's own workers step back behind all else on a machine: here everything is on one, which may be busy.
-        busy = {"RAY_worker_niceness": "0", "RAY_raylet_start_wait_time_s": "300"}
-        return {"RAY_AUTH_MODE": "token", **busy, **HEALTH, **self._given}
+        # Ray's own workers step back behind all else on a machine: here everything is on one.
+        return {"RAY_AUTH_MODE": "token", "RAY_worker_niceness": "0", **HEALTH, **self._given}
 
     def _start(self) -> None:
-        self.head = self._machine("head")
-        port = 6379 + len(self._network.made)
-        self.address = f"{self.head.address}:{port}"
         sizes = ("--num-cpus=0", "--object-store-memory=100000000", "--include-dashboard=false")
-        self.head.check("ray", "start", "--head", f"--port={port}", *sizes, timeout=400, **self.environment)
+        # Ray gives up a start after half a minute, which may be too soon on a machine that is busy with much else.
+        for _ in range(STARTS):
+            self.head = self._machine("head")
+            port = 6379 + len(self._network.made)
+            self.address = f"{self.head.address}:{port}"
+            done = self.head.run("ray", "start", "--head", f"--port={port}", *sizes, **self.environment)
+            if done.returncode == 0:
+                break
+            self.head.close()
+        else:
+            raise RuntimeError(f"no head could be started: {done.stdout[-1000:]}{done.stderr[-1000:]}")
         self._due += [(0.0, self._join)] * WORKERS
 
     def _machine(self, kind: str) -> Machine:
@@ -553,15 +566,14 @@ class Chaos:
         folder: to work in; what an earlier one has left there is not done again.
         network: of machines, with one that the store is on.
         server: a store.
-
-    Raises:
-        RuntimeError: if the undisturbed run fails.
-
-    Attributes:
-        calm: folder of the undisturbed run's screen.
+        checkpoint: of a network that fits; if there is none, that of the undisturbed run that trains one.
     """
 
-    def __init__(self, folder: Path, network: Network | House, server: S3Server) -> None:
+    def __init__(
+        self, folder: Path, network: Network | House, server: S3Server, checkpoint: Path | None = None
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._calm: dict[Way, Path] = {}
         self._folder = folder
         self._log = folder / "runs.log"
         simulated = folder / "simulated"
@@ -569,14 +581,27 @@ class Chaos:
         sets = [part for name, value in SIMULATION.items() for part in ("--set", f"{name}={json.dumps(value)}")]
         self._cluster.heal()
         self._cluster.head.check(SCREENING, "simulate", simulated, *sets, **self._environment())
-        disk = Disk(simulated, folder / "screens")
-        calm = Outcome(Plan(-1, "disk", ()))
-        self._to_the_end(calm, disk, "calm", Trouble())
-        calm.wrong += self._cluster.heal()
-        if calm.wrong:
-            raise RuntimeError("the undisturbed run: " + "; ".join(calm.wrong) + "\n" + self.said())
-        self.calm = disk.fetch("calm")
-        self._stores: dict[Where, Store] = {"disk": disk, "S3": Bucket(server, simulated, folder / "fetched")}
+        disk, bucket = Disk(simulated, folder / "screens"), Bucket(server, simulated, folder / "fetched")
+        self._stores: dict[Where, Store] = {"disk": disk, "S3": bucket}
+
+    def calm(self, way: Way) -> Path:
+        """Folder of the screen of the undisturbed run.
+
+        Raises:
+            RuntimeError: if it fails.
+        """
+        if way not in self._calm:
+            disk, name, outcome = (
+                self._stores["disk"],
+                f"calm_{way.replace(' ', '_')}",
+                Outcome(Plan(-1, "disk", way, ())),
+            )
+            self._to_the_end(outcome, disk, name, Trouble())
+            outcome.wrong += self._cluster.heal()
+            if outcome.wrong:
+                raise RuntimeError("the undisturbed run: " + "; ".join(outcome.wrong) + "\n" + self.said())
+            self._calm[way] = disk.fetch(name)
+        return self._calm[way]
 
     def said(self) -> str:
         """The last lines of the runs' log."""
@@ -584,6 +609,7 @@ class Chaos:
 
     def run(self, plan: Plan) -> Outcome:
         """Run the screen as planned, to its end, and hold it against the undisturbed one."""
+        calm = self.calm(plan.way)
         store, name = self._stores[plan.where], f"{plan.seed}-{uuid.uuid4().hex[:8]}"
         outcome = Outcome(plan)
         with store.failing(random.Random(plan.seed)) as trouble:
@@ -593,7 +619,7 @@ class Chaos:
         if not outcome.happened:
             outcome.wrong.append("ended before anything was killed")
         if not outcome.wrong:
-            outcome.wrong += differences(store.fetch(name), self.calm)
+            outcome.wrong += differences(store.fetch(name), calm)
         return outcome
 
     def _to_the_end(self, outcome: Outcome, store: Store, name: str, trouble: Trouble) -> None:
@@ -601,11 +627,12 @@ class Chaos:
         started = time.monotonic()
         progress = Progress(store, name)
         left, reached = list(outcome.plan.faults), 0.0
+        settings = self._settings(outcome.plan.way)
         driver: subprocess.Popen[bytes] | None = None
         code: int | None = None
         while code is None and time.monotonic() < started + PATIENCE:
             if driver is None:
-                driver = self._start(store, name)
+                driver = self._start(store, name, settings)
                 outcome.starts += 1
             code = driver.poll()
             self._cluster.go_on()
@@ -630,7 +657,13 @@ class Chaos:
         outcome.seconds = time.monotonic() - started
         outcome.redone = progress.commits.total() - len(progress.commits)
 
-    def _start(self, store: Store, name: str) -> subprocess.Popen[bytes]:
+    def _settings(self, way: Way) -> dict[str, object]:
+        if way == "train":
+            return SETTINGS
+        checkpoint = self._checkpoint or self.calm("train") / "checkpoint"
+        return SETTINGS | {"network": checkpoint} | ({"segment.clips.store": "none"} if way == "one pass" else {})
+
+    def _start(self, store: Store, name: str, settings: dict[str, object]) -> subprocess.Popen[bytes]:
         """Start the command, the same each time."""
         config = yaml.safe_load((self._folder / "simulated" / "run.yaml").read_text())
         config["inputs"] = {
@@ -639,7 +672,7 @@ class Chaos:
         }
         path = self._folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump(config))
-        sets = [part for setting, value in SETTINGS.items() for part in ("--set", f"{setting}={value}")]
+        sets = [part for setting, value in settings.items() for part in ("--set", f"{setting}={value}")]
         command = ("run", path, "--out", store.url(name), "--stages", ",".join(STAGES), *sets)
         return self._cluster.head.start(SCREENING, *command, log=self._log, **self._environment())
 
@@ -721,7 +754,7 @@ def described(outcome: Outcome) -> tuple[str, ...]:
     where = f"{outcome.plan.where}: {outcome.store}" if outcome.store else outcome.plan.where
     equal = "no: " + outcome.wrong[0] if outcome.wrong else "yes"
     numbers = (str(outcome.starts), str(outcome.redone), f"{outcome.seconds:.0f}")
-    return (str(outcome.plan.seed), where, happened or "none", *numbers, equal)
+    return (str(outcome.plan.seed), where, outcome.plan.way, happened or "none", *numbers, equal)
 
 
 def main() -> int:
@@ -743,7 +776,7 @@ def main() -> int:
             outcome = chaos.run(replace(plan, where=arguments.where or plan.where))
             outcomes.append(outcome)
             console.print(f"seed {seed}: {'; '.join(outcome.wrong) or 'equal'}", soft_wrap=True)
-    table = Table("seed", "where", "kills", "starts", "redone", "seconds", "equal", box=None)
+    table = Table("seed", "where", "way", "kills", "starts", "redone", "seconds", "equal", box=None)
     for outcome in outcomes:
         table.add_row(*described(outcome))
     console.print(table)

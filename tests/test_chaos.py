@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
+from typing import get_args
 
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from chaos import FIRST, KINDS, MOMENTS, Chaos, Fault, Plan, differences, draw, site
+from chaos import FIRST, KINDS, MOMENTS, Chaos, Fault, Plan, Way, differences, draw, site
 
 
 @pytest.fixture(scope="module")
-def chaos(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chaos]:
+def chaos(tmp_path_factory: pytest.TempPathFactory, finished_screen: Path) -> Iterator[Chaos]:
     folder = tmp_path_factory.mktemp("chaos")
     with site(folder) as (network, server, _):
-        yield Chaos(folder, network, server)
+        yield Chaos(folder, network, server, finished_screen / "checkpoint")
 
 
 def test_seeds_say_what_happens() -> None:
@@ -30,6 +32,7 @@ def test_seeds_say_what_happens() -> None:
     faults = [fault for plan in plans for fault in plan.faults]
     assert {fault.kind for fault in faults} == set(KINDS)
     assert {fault.moment for fault in faults} == set(MOMENTS)
+    assert {(plan.where, plan.way) for plan in plans} == set(product(("disk", "S3"), get_args(Way)))
 
 
 # --- what it would see ---------------------------------------------------------------------------
@@ -101,7 +104,7 @@ def test_what_must_not_happen_is_seen(harm: Callable[[Path], str], finished_scre
 @pytest.mark.slow
 def test_kills_of_worker_and_driver_leave_the_undisturbed_screen(chaos: Chaos) -> None:
     faults = (Fault("worker", "segment", 4, 0.0, 0.5), Fault("driver", "segment", 12, 0.0, 0.0))
-    outcome = chaos.run(Plan(0, "disk", faults))
+    outcome = chaos.run(Plan(0, "disk", "network", faults))
     assert outcome.wrong == [], chaos.said()
     assert outcome.starts == 2
     assert [fault for fault, _ in outcome.happened] == list(faults)
@@ -109,7 +112,7 @@ def test_kills_of_worker_and_driver_leave_the_undisturbed_screen(chaos: Chaos) -
 
 @pytest.mark.slow
 def test_a_lost_raylet_and_a_failing_store_leave_it_too(chaos: Chaos) -> None:
-    outcome = chaos.run(Plan(1, "S3", (Fault("raylet", "segment", 6, 0.0, 0.5),)))
+    outcome = chaos.run(Plan(1, "S3", "network", (Fault("raylet", "segment", 6, 0.0, 0.5),)))
     assert outcome.wrong == [], chaos.said()
     assert outcome.starts == 1
     assert not outcome.store.startswith("0 of")
