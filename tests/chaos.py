@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import re
 import shutil
@@ -411,9 +412,9 @@ class Disk:
     def listing(self, name: str) -> dict[str, str]:
         folder = self._screens / name
         found = {}
-        for path in folder.rglob("*"):
-            with suppress(OSError):  # it is being replaced
-                if path.is_file():
+        for inner, _, names in os.walk(folder):
+            for path in (Path(inner, name) for name in names):
+                with suppress(OSError):  # it is being replaced
                     found[str(path.relative_to(folder))] = str(path.stat().st_mtime_ns)
         return found
 
