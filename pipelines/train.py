@@ -34,6 +34,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
 from pipelines import events
+from pipelines.checkpoints import storage
 from pipelines.clip_batches import BatchStream, ClipTable, clip_table
 from pipelines.cluster import training_cpus
 from pipelines.config import ConfigError, ResourcesConfig, RunConfig, configuration_of, with_cells_of
@@ -340,7 +341,7 @@ def _fit(resources: ResourcesConfig, screen: Screen, job: _Job, log: Log, on_epo
         ),
         run_config=ray.train.RunConfig(
             name=job.fingerprint,
-            storage_path=screen.training_runs,
+            **storage(screen.training_runs),
             failure_config=ray.train.FailureConfig(
                 max_failures=resources.train_max_failures, controller_failure_limit=_STARTS
             ),
@@ -379,7 +380,8 @@ def _controlled(trainer: ray.train.torch.TorchTrainer, folder: str, failures: in
         except ray.exceptions.RayActorError as error:
             if not left:
                 raise
-            events.warning("training_restarted", f"train: started again: {error}", error=str(error))
+            why = str(error).partition("\n")[0]
+            events.warning("training_restarted", f"train: started again: {why}", error=str(error))
     raise AssertionError("it returns or raises")
 
 
