@@ -23,7 +23,6 @@ AuthorizedKeysFile %h/.ssh/authorized_keys
 PasswordAuthentication no
 UsePAM no
 Subsystem sftp internal-sftp
-SetEnv RAY_TMPDIR={temporary}
 """
 
 NODES = "import ray; ray.init(logging_level=40); print(*(node['NodeManagerAddress'] for node in ray.nodes()))"
@@ -31,12 +30,17 @@ NODES = "import ray; ray.init(logging_level=40); print(*(node['NodeManagerAddres
 
 @dataclass(frozen=True)
 class Site:
-    """Somebody's laptop, and two machines that it reaches by SSH."""
+    """Somebody's laptop, and the machines that it reaches by SSH: a head and workers."""
 
     laptop: Machine
     head: Machine
-    worker: Machine
+    workers: tuple[Machine, ...]
     config: Path
+
+    @property
+    def nodes(self) -> tuple[Machine, ...]:
+        """The machines of the cluster."""
+        return self.head, *self.workers
 
     def ray(self, command: str, *arguments: str) -> str:
         return self.laptop.check("ray", command, "--yes", self.config, *arguments, folder=ROOT, timeout=500)
@@ -52,22 +56,22 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)} (openssh-client, openssh-server, rsync)")
     folder = tmp_path_factory.mktemp("site")
-    with machines(folder, "laptop", "head", "worker") as (laptop, head, worker):
+    with machines(folder, "laptop", "head", "worker1", "worker2") as (laptop, head, *workers):
         key = laptop.home / ".ssh" / "id_ed25519"
         key.parent.mkdir(mode=0o700)
         laptop.check("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key)
         laptop.check("ray", "get-auth-token", "--generate")
-        for machine in (head, worker):
+        for machine in (head, *workers):
             admit(machine, key.with_suffix(".pub").read_text())
             prepare_environment(machine)
         config = yaml.safe_load((ROOT / "examples/clusters/local.yaml").read_text())
         # The state of clusters is kept under their names.
         config["cluster_name"] = laptop.temporary.name
-        config["provider"] |= {"head_ip": head.address, "worker_ips": [worker.address]}
+        config["provider"] |= {"head_ip": head.address, "worker_ips": [worker.address for worker in workers]}
         config["auth"]["ssh_user"] = "root"
         path = laptop.home / "cluster.yaml"
         path.write_text(yaml.safe_dump(config))
-        yield Site(laptop, head, worker, path)
+        yield Site(laptop, head, tuple(workers), path)
 
 
 def which(tool: str) -> str | None:
@@ -82,7 +86,7 @@ def admit(machine: Machine, public_key: str) -> None:
     key = machine.home / "host_key"
     machine.check("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key)
     config = machine.home / "sshd_config"
-    config.write_text(SSHD.format(key=key, temporary=machine.temporary))
+    config.write_text(SSHD.format(key=key))
     machine.check("sh", "-c", f"mount -t tmpfs tmpfs /run && mkdir /run/sshd && {which('sshd')} -f {config}")
 
 
@@ -116,21 +120,21 @@ def eventually(reached: Callable[[], bool], timeout: float = 120) -> None:
 def up(site: Site) -> Site:
     """The cluster, up."""
     site.ray("up")
-    eventually(lambda: bool(site.worker.processes("raylet/raylet")))
+    eventually(lambda: all(worker.processes("raylet/raylet") for worker in site.workers))
     return site
 
 
 def test_all_machines_run_the_project_and_share_the_token(up: Site) -> None:
     token = (up.laptop.home / ".ray" / "auth_token").read_text()
-    both = {up.head.address, up.worker.address}
-    for machine in (up.head, up.worker):
+    addresses = {machine.address for machine in up.nodes}
+    for machine in up.nodes:
         assert (machine.home / ".ray" / "auth_token").read_text() == token
         assert (machine.home / ".ray" / "auth_token").stat().st_mode & 0o777 == 0o600
         (installed,) = (machine.home / "screening" / "env").glob("lib/python*/site-packages/screening")
         assert (installed / "cli.py").read_bytes() == (ROOT / "screening" / "cli.py").read_bytes()
         assert machine.processes("raylet/raylet")
         assert not list((machine.home / "screening").rglob("tests"))
-    eventually(lambda: both <= set(up.on_head(f"python -c {shlex.quote(NODES)}").split()))
+    eventually(lambda: addresses <= set(up.on_head(f"python -c {shlex.quote(NODES)}").split()))
     assert "screening run" in up.on_head("screening run --help")
 
 
@@ -174,5 +178,5 @@ except urllib.error.URLError as error:
 def test_ray_down_ends_it_on_all_machines(up: Site) -> None:
     up.ray("down")
     assert not up.head.processes("gcs_server")
-    # A worker is not told; it goes when it has not heard of the head for a while.
-    eventually(lambda: not up.worker.processes("raylet/raylet"), 180)
+    # Workers are not told; they go when they have not heard of the head for a while.
+    eventually(lambda: not any(worker.processes("raylet/raylet") for worker in up.workers), 180)
