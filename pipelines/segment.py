@@ -260,14 +260,16 @@ def _write_well(context: _Context, well: WellKey, sites: Sequence[_Done], pendin
 
 def _plate_forms(inputs: Inputs) -> dict[str, SiteForm]:
     """What the sites of each plate have in common: what most of a few of them have; nothing of unreadable plates."""
-    forms: dict[str, SiteForm] = {}
-    for plate in inputs.plates.values():
-        wells = _spread(_wells_of(plate, inputs), _SAMPLED_FORMS)
-        images = [image for well in wells for image in islice(_images(plate, well), 1)]
-        found = Counter(SiteForm(image.channels, image.shape) for image in images)
-        if found:
-            forms[plate.name] = found.most_common(1)[0][0]
-    return forms
+    names = list(inputs.plates)
+    forms = spread(_plate_form, [(inputs.plates[name], _wells_of(inputs.plates[name], inputs)) for name in names])
+    return {name: form for name, form in zip(names, forms, strict=True) if form is not None}
+
+
+def _plate_form(plate_and_wells: tuple[Plate, list[str]]) -> SiteForm | None:
+    plate, wells = plate_and_wells
+    images = [image for well in _spread(wells, _SAMPLED_FORMS) for image in islice(_images(plate, well), 1)]
+    found = Counter(SiteForm(image.channels, image.shape) for image in images)
+    return found.most_common(1)[0][0] if found else None
 
 
 def _check_forms(config: SegmentConfig, inputs: Inputs, forms: Mapping[str, SiteForm]) -> None:
@@ -332,12 +334,18 @@ def _calibrate_plates(config: RunConfig, inputs: Inputs, screen: Screen, forms: 
     ray.get(tasks)
     if config.segment.illumination.method == "none":
         return []
-    calibrated = [name for name in inputs.plates if exists(screen.calibration(name))]
+    names = list(inputs.plates)
+    corrected = spread(_is_corrected, [screen.calibration(name) for name in names])
     return [
         f"plate {name}: illumination not corrected, it has fewer sites than segment.illumination.min_sites"
-        for name in calibrated
-        if FLAT_FIELD not in read_calibration(screen.calibration(name))
+        for name, found in zip(names, corrected, strict=True)
+        if found is False
     ]
+
+
+def _is_corrected(url: str) -> bool | None:
+    """Whether a plate's illumination is corrected; None if it could not be calibrated."""
+    return FLAT_FIELD in read_calibration(url) if exists(url) else None
 
 
 def _calibrate_plate(config: SegmentConfig, plate: Plate, wells: list[str], form: SiteForm, screen: Screen) -> None:
