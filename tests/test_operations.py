@@ -300,15 +300,14 @@ def test_prometheus_scrapes_a_cluster_and_a_job_logs_lines(
         command = ("run", small_screen / "run.yaml", "--out", out, "--stages", "segment", *small_settings)
         done = head.run("screening", *command, timeout=600, **where, SCREENING_LOG_FORMAT="json")
         assert done.returncode == 0, done.stderr
-        told = head.temporary / "ray" / "prom_metrics_service_discovery.json"
         ask = f"import urllib.request as r; print(r.urlopen('http://{head.address}:9090/metrics').read().decode())"
 
         def scrape() -> dict[str, float]:
             return samples(head.check("python", "-c", ask), screen="scraped", stage="segment")
 
         found = eventually(scrape, lambda seen: seen.get("ray_screening_stage_count wells") == 16)
-        targets = eventually(lambda: json.loads(told.read_text())[0]["targets"] if told.exists() else [], bool, 180)
-        assert f"{head.address}:9090" in targets
+        listed = eventually(lambda: head.run("cat", "/tmp/ray/prom_metrics_service_discovery.json").stdout, bool)
+        assert f"{head.address}:9090" in json.loads(listed)[0]["targets"]
 
     (row,) = [row for row in stage_table(Screen(str(out))).to_dict("records") if row["stage"] == "segment"]
     assert found["ray_screening_units_total done"] == row["done"] == 16
