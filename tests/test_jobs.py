@@ -1,4 +1,4 @@
-"""Runs as jobs of a cluster that `ray start` made: a head and a worker, machines of their own made of namespaces."""
+"""Runs as jobs of a cluster that `ray start` made: a head and two workers, machines made of namespaces."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from runs import digests
 pytestmark = pytest.mark.slow
 
 DASHBOARD = "http://127.0.0.1:8265"
-SIZES = ("--num-cpus=1", "--object-store-memory=200000000")
+STORE = "--object-store-memory=200000000"
 # The job API of Ray as a user has it, but for what the command line does not print.
 INFO = """
 import sys
@@ -35,7 +35,6 @@ class Jobs:
     """A cluster that asks for a token, and the machine that its head is, where users log in."""
 
     head: Machine
-    worker: Machine
 
     def submit(self, folder: Path, *entrypoint: object, wait: bool = True, name: str = "") -> Any:
         options = ["--address", DASHBOARD, "--working-dir", ".", *(["--submission-id", name] if name else [])]
@@ -54,12 +53,15 @@ class Jobs:
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
-    with machines(tmp_path_factory.mktemp("cluster"), "head", "worker") as (head, worker):
+    with machines(tmp_path_factory.mktemp("cluster"), "head", "worker1", "worker2") as (head, *workers):
         head.check("ray", "get-auth-token", "--generate")
-        shutil.copytree(head.home / ".ray", worker.home / ".ray")
-        head.check("ray", "start", "--head", "--port=6379", *SIZES, RAY_AUTH_MODE="token")
-        worker.check("ray", "start", f"--address={head.address}:6379", *SIZES, RAY_AUTH_MODE="token")
-        yield Jobs(head, worker)
+        # As in cluster.yaml: no unit runs where the jobs' drivers do.
+        head.check("ray", "start", "--head", "--port=6379", "--num-cpus=0", STORE, RAY_AUTH_MODE="token")
+        for worker in workers:
+            shutil.copytree(head.home / ".ray", worker.home / ".ray")
+            address = f"--address={head.address}:6379"
+            worker.check("ray", "start", address, "--num-cpus=1", STORE, RAY_AUTH_MODE="token")
+        yield Jobs(head)
 
 
 @pytest.fixture
