@@ -33,7 +33,7 @@ from dataclasses import astuple, dataclass
 from functools import partial
 
 import cv2
-import psutil
+from processes import processor_time
 
 from pipelines import config as configs
 from pipelines.cluster import cluster
@@ -154,19 +154,6 @@ def held_to(cores: int) -> None:
     """Hold every thread of this process, and what it starts from now on, to so many cores."""
     for thread in os.listdir("/proc/self/task"):
         os.sched_setaffinity(int(thread), range(cores))
-
-
-def processor_time() -> float:
-    """Of this process and all that it has started, those that have ended too."""
-    own = psutil.Process()
-    total = 0.0
-    for process in [own, *own.children(recursive=True)]:
-        try:
-            times = process.cpu_times()
-        except psutil.Error:
-            continue
-        total += times.user + times.system + times.children_user + times.children_system
-    return total
 
 
 def taken(case: Case, function: Callable[[], object], at_once: int) -> Taken:

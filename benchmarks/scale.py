@@ -29,9 +29,9 @@ from functools import partial
 
 import numpy as np
 import pandas as pd
-import psutil
 import pyarrow as pa
 import ray
+from processes import processor_time
 from ray.cluster_utils import Cluster
 
 from pipelines.cluster import quiet_ray_data
@@ -120,19 +120,6 @@ def measure(units: int, nodes: int, cores: int, cells: int) -> dict[str, float]:
 def peak() -> float:
     """MiB that this process has held at most."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def processor_time() -> float:
-    """Seconds of this process and all that it has started, those that have ended too."""
-    own = psutil.Process()
-    total = 0.0
-    for process in [own, *own.children(recursive=True)]:
-        try:
-            times = process.cpu_times()
-        except psutil.Error:
-            continue
-        total += times.user + times.system + times.children_user + times.children_system
-    return total
 
 
 def main(most: int) -> None:

@@ -24,7 +24,6 @@ from screening.i3d import frames_seen
 from screening.similarity import Vectors
 from storage_schemas.checkpoint import read_manifest, read_weights
 from storage_schemas.clips import Clips, channel_names, open_clips, read_clips
-from storage_schemas.errors import SchemaError
 from storage_schemas.keys import WellKey
 from storage_schemas.screen import Screen
 from storage_schemas.tables import CELLS, embeddings_form, open_table, row_count
@@ -131,8 +130,7 @@ class EmbedWells:
         """
         manifest = self._embedder.manifest
         clips = open_clips(url)
-        if channel_names(clips) != list(manifest.channels):
-            raise SchemaError(url, f"has the channels {channel_names(clips)}, the network {list(manifest.channels)}")
+        manifest.check_channels(url, channel_names(clips))
         vectors = np.empty((clips.shape[0], manifest.embedding_dim), np.float32)
         # A slice at a time: memory does not grow with the cells of a well.
         step = self._context.config.read_clips

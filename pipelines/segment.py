@@ -212,7 +212,7 @@ def _attempt(
     except SiteError as error:
         return Failure(str(key), error.fault, f"{url}: {error}")
     except Exception as error:  # whatever else it is, it is recorded with its site
-        if is_passing(error) or is_disk_full(error) or isinstance(error, StoreError):
+        if is_passing(error) or isinstance(error, StoreError) or is_disk_full(error):
             raise
         return Failure(str(key), type(error).__name__, f"{url}: {error}")
     quality = _quality_table(key, site, form.channels)
@@ -267,7 +267,7 @@ def _plate_forms(inputs: Inputs) -> dict[str, SiteForm]:
 
 def _plate_form(plate_and_wells: tuple[Plate, list[str]]) -> SiteForm | None:
     plate, wells = plate_and_wells
-    images = [image for well in _spread(wells, _SAMPLED_FORMS) for image in islice(_images(plate, well), 1)]
+    images = [image for well in _evenly(wells, _SAMPLED_FORMS) for image in islice(_images(plate, well), 1)]
     found = Counter(SiteForm(image.channels, image.shape) for image in images)
     return found.most_common(1)[0][0] if found else None
 
@@ -397,7 +397,7 @@ def open_calibration(url: str) -> Calibration:
 
 def _sample(config: SegmentConfig, plate: Plate, wells: list[str], form: SiteForm) -> list[da.Array]:
     """A few frames of sites spread evenly over the plate's wells, read when they are wanted."""
-    picked = _spread(wells, _SAMPLED_SITES)
+    picked = _evenly(wells, _SAMPLED_SITES)
     per_well = -(-_SAMPLED_SITES // len(picked))
     stacks = []
     for well in picked:
@@ -432,7 +432,7 @@ def _wells_of(plate: Plate, inputs: Inputs) -> list[str]:
     return sorted(inputs.plate_map.loc[inputs.plate_map["plate"] == plate.name, "well"])
 
 
-def _spread(wells: Sequence[str], n: int) -> list[str]:
+def _evenly(wells: Sequence[str], n: int) -> list[str]:
     """At most ``n`` of the wells, evenly spread."""
     return [wells[i] for i in np.unique(np.linspace(0, len(wells) - 1, min(len(wells), n)).astype(int))]
 

@@ -210,8 +210,7 @@ def _take(network: str, inputs: Inputs, screen: Screen, fingerprint: str) -> str
     manifest = read_manifest(network)
     done = screen.done_units("segment")
     clips = screen.clips(next(well for well in inputs.wells if well in done))
-    if (channels := channel_names(open_clips(clips))) != list(manifest.channels):
-        raise InputError(f"{clips}: has the channels {channels}, the network of {network} {list(manifest.channels)}")
+    manifest.check_channels(clips, channel_names(open_clips(clips)))
     _write_metrics(screen, manifest.history, fingerprint)
     write_checkpoint(screen.checkpoint, replace(manifest, fingerprint=fingerprint), read_weights(network))
     return (

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -48,6 +49,15 @@ class CheckpointManifest:
     epoch: int
     history: tuple[dict[str, Any], ...]
     fingerprint: str
+
+    def check_channels(self, url: str, channels: Sequence[str]) -> None:
+        """Refuse clips that the network was not trained on.
+
+        Raises:
+            SchemaError: if the clips at ``url`` have other channels, or in another order.
+        """
+        if list(channels) != list(self.channels):
+            raise SchemaError(url, f"has the channels {list(channels)}, the network {list(self.channels)}")
 
 
 def write_checkpoint(

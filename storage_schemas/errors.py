@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 from functools import partial
 
+DISK_FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota of the disk is used up"}
+
 
 class InputError(ValueError):
     """Something the user gave (a file, a table, a name, a setting) is not usable as it is."""
@@ -49,4 +51,4 @@ class StoreError(InputError):
 
 def is_disk_full(error: BaseException) -> bool:
     """Whether a disk, or what a user may have of it, is used up."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return isinstance(error, OSError) and error.errno in DISK_FULL

@@ -9,7 +9,6 @@ been asked for about a minute (see :mod:`storage_schemas.remote`).
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import os
@@ -26,7 +25,7 @@ from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
 from storage_schemas import npz
-from storage_schemas.errors import InputError, SchemaError, StoreError
+from storage_schemas.errors import DISK_FULL, InputError, SchemaError, StoreError
 from storage_schemas.limits import check_size
 from storage_schemas.remote import (
     ChangedError,
@@ -40,7 +39,6 @@ from storage_schemas.remote import (
 
 _BLOCK = 64 * 2**20  # bytes that are copied at once
 _CHANGES = 20  # times that a document is read again which others change at the same time
-_FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota of the disk is used up"}
 
 
 def filesystem(url: str, *, asynchronous: bool = False) -> tuple[Any, str]:
@@ -203,8 +201,8 @@ def _writing(url: str) -> Iterator[None]:
 
 def refused(url: str, error: OSError) -> StoreError:
     """What a disk's error means to those who were writing to it."""
-    if error.errno in _FULL:
-        return StoreError(url, f"{_FULL[error.errno]}: make room, then go on", lasting=True)
+    if error.errno in DISK_FULL:
+        return StoreError(url, f"{DISK_FULL[error.errno]}: make room, then go on", lasting=True)
     return StoreError(url, f"cannot be written: {describe(error)}", lasting=not passes_on_disk(error))
 
 

@@ -36,10 +36,10 @@ import pyarrow.parquet as pq
 import yaml
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
-from machines import House, Machine, Network, NoMachinesError
+from machines import House, Machine, Network, NoMachinesError, command_line
 from rich.console import Console
 from rich.table import Table
-from runs import digests, indexed
+from runs import digests, indexed, kill_process
 from s3_server import KEY, REGION, SECRET, S3Server
 
 Kind = Literal["worker", "raylet", "node", "notice", "driver", "head"]
@@ -272,7 +272,7 @@ class Cluster:
         if fault.kind == "worker":
             victims = self.working()
             if victims:
-                _kill(_picked(victims, fault.pick))
+                kill_process(_picked(victims, fault.pick))
             return bool(victims)
         nodes = [node for node in self._nodes if node.raylet is not None and not node.lost]
         if not nodes:
@@ -280,11 +280,11 @@ class Cluster:
         node = _picked(nodes, fault.pick)
         assert node.raylet is not None
         if fault.kind == "raylet":
-            _kill(node.raylet)
+            kill_process(node.raylet)
         elif fault.kind == "node":
             node.machine.kill()
         else:
-            self._give_notice(re.findall(r"--node_id=(\w+)", _line(node.raylet))[0])
+            self._give_notice(re.findall(r"--node_id=(\w+)", command_line(node.raylet))[0])
             self._due.append((time.monotonic() + GRACE, node.machine.kill))
         return True
 
@@ -319,7 +319,8 @@ class Cluster:
         for machine in self._lost:
             machine.close()
         self._lost = []
-        return [f"process left over: {_line(process).strip()}" for process in left] + ["no two workers"] * (not ready)
+        orphans = [f"process left over: {command_line(process).strip()}" for process in left]
+        return orphans if ready else [*orphans, "no two workers"]
 
 
 def _working(*machines: Machine) -> list[psutil.Process]:
@@ -328,7 +329,7 @@ def _working(*machines: Machine) -> list[psutil.Process]:
 
 
 def _works(process: psutil.Process) -> bool:
-    return _alive(process) and _IDLE.match(_line(process)) is None
+    return _alive(process) and _IDLE.match(command_line(process)) is None
 
 
 def _alive(process: psutil.Process) -> bool:
@@ -336,18 +337,6 @@ def _alive(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
-
-
-def _line(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
-
-
-def _kill(process: psutil.Process) -> None:
-    with suppress(psutil.NoSuchProcess):
-        process.kill()
 
 
 def _picked(among: Sequence[T], share: float) -> T:
@@ -683,7 +672,7 @@ class Chaos:
     def _kill_driver(self) -> bool:
         drivers = self._cluster.head.processes("screening run")
         for process in drivers:
-            _kill(process)
+            kill_process(process)
         return bool(drivers)
 
 

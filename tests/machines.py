@@ -131,7 +131,9 @@ class Machine:
             own = os.readlink(f"/proc/{self.pid}/ns/pid")
         except OSError:  # it has been killed
             return []
-        return [process for process in psutil.process_iter() if _belongs(process, own) and word in _line(process)]
+        return [
+            process for process in psutil.process_iter() if _belongs(process, own) and word in command_line(process)
+        ]
 
     def kill(self) -> None:
         """Cut the power."""
@@ -163,7 +165,7 @@ class Room(Machine):
 
     def processes(self, word: str) -> list[psutil.Process]:
         """The room's processes whose command line holds the word."""
-        return [process for process in psutil.process_iter() if self._holds(process) and word in _line(process)]
+        return [process for process in psutil.process_iter() if self._holds(process) and word in command_line(process)]
 
     def kill(self) -> None:
         """Kill what is in the room; it may start more until its last process is gone."""
@@ -278,7 +280,8 @@ def _belongs(process: psutil.Process, namespace: str) -> bool:
         return False
 
 
-def _line(process: psutil.Process) -> str:
+def command_line(process: psutil.Process) -> str:
+    """What a process was started with; empty where it is gone."""
     try:
         return " ".join(process.cmdline())
     except psutil.Error:

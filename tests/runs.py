@@ -81,11 +81,11 @@ class Run:
             os.killpg(self._process.pid, signal.SIGKILL)
         else:
             for process in tree:
-                _kill(process)
+                kill_process(process)
         self._process.wait()
         _, orphans = psutil.wait_procs(working, timeout)
         for process in orphans:
-            _kill(process)
+            kill_process(process)
         assert not orphans, f"still there {timeout} s after the {victim} was killed: {orphans}"
 
 
@@ -147,7 +147,8 @@ def _is_agent(process: psutil.Process) -> bool:
         return False
 
 
-def _kill(process: psutil.Process) -> None:
+def kill_process(process: psutil.Process) -> None:
+    """`kill -9`, if it is still there."""
     try:
         process.kill()
     except psutil.NoSuchProcess:

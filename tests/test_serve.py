@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from browser import chromium, faults, watch  # noqa: F401 (a fixture)
+from hostile import varint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from indexed_screens import DIMENSION, write_screen
@@ -470,15 +471,6 @@ def with_page_claiming(bytes_: int | None = None, numbers: int | None = None, ve
         )
     )
     return content[:at] + new + content[header.end() :]
-
-
-def varint(number: int) -> bytes:
-    """A positive number as Thrift writes it."""
-    left, found = 2 * number, []
-    while left > 127:
-        found.append(left & 127 | 128)
-        left >>= 7
-    return bytes([*found, left])
 
 
 @pytest.mark.parametrize(
