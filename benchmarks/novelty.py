@@ -20,7 +20,7 @@ import pandas as pd
 
 from pipelines.evaluate_recipes import NAMES
 from pipelines.inputs import well_keys
-from pipelines.vectors import read_embeddings
+from pipelines.vectors import EmbeddedCells
 from screening.prediction import novelty
 from screening.profiles import Recipe, consensus_profiles, process
 from storage_schemas.screen import Screen
@@ -76,7 +76,7 @@ def from_screen(vectors: str, url: str, recipe: Recipe) -> Table:
     screen = Screen(url)
     plate_map = open_table(screen.plate_map, PLATE_MAP).to_pandas()
     moa = open_table(screen.compounds, COMPOUNDS).to_pandas().set_index("compound")["moa"]
-    keys, cells = read_embeddings(Screen(vectors), well_keys(plate_map))
+    keys, cells = EmbeddedCells(Screen(vectors), well_keys(plate_map)).read()
     of_well, profiles = consensus_profiles(cells, keys[["plate", "well"]])
     wells = of_well.merge(plate_map, on=["plate", "well"], how="left")
     values = process(profiles, wells, recipe).values

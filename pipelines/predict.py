@@ -12,7 +12,8 @@ import numpy.typing as npt
 import pandas as pd
 from pydantic import Field
 
-from pipelines.vectors import read_embeddings, read_profiles
+from pipelines.inputs import well_keys
+from pipelines.vectors import EmbeddedCells, read_profiles, sample_rows
 from screening import prediction
 from screening.prediction import Novelty
 from screening.profiles import consensus_profiles
@@ -22,7 +23,6 @@ from screening.similarity import suggest
 from storage_schemas import store
 from storage_schemas.base import Config
 from storage_schemas.errors import InputError
-from storage_schemas.keys import WellKey
 from storage_schemas.screen import Screen, fingerprint
 from storage_schemas.tables import ACTIVITY, COMPOUNDS, PLATE_MAP, PREDICTIONS, SPLIT, open_table, write_table
 
@@ -42,9 +42,12 @@ class PredictionConfig(Config):
     """How mechanisms are predicted, and what is too far from all of them."""
 
     k: int | None = Field(None, ge=1, description="neighbours that each cell or profile votes for; 1 of cells, else 5")
+    max_cells: int = Field(
+        100_000, ge=1, description="cells that vote, at most; of more, as many of each compound are drawn"
+    )
     n_permutations: int = Field(10_000, ge=100, description="relabelings a p-value")
     false_alarms: float = Field(0.1, gt=0, lt=1, description="share of known compounds that may be called unknown")
-    seed: int = Field(0, description="of the relabelings")
+    seed: int = Field(0, description="of the relabelings, and of the cells drawn")
 
 
 class NoMechanismError(InputError):
@@ -57,7 +60,7 @@ class Predictions:
 
     Attributes:
         table: a row a compound and candidate, columns of :data:`storage_schemas.tables.PREDICTIONS`.
-        notes: how the limit of what is near was set, and what it does.
+        notes: how the limit of what is near was set, and what it does; how many cells were drawn, if not all vote.
     """
 
     table: pd.DataFrame
@@ -133,7 +136,7 @@ def _stored(screen: Screen, level: Level, config: PredictionConfig) -> Predictio
 
 
 def _predict(screen: Screen, level: Level, config: PredictionConfig) -> Predictions:
-    items = _read(screen, level)
+    items, drawn = _read(screen, level, config)
     control = items.role == "negative_control"
     # The profiles of controls are noise about nothing, and near to no one: activity tells what is like them.
     moa = items.moa.copy()
@@ -157,20 +160,36 @@ def _predict(screen: Screen, level: Level, config: PredictionConfig) -> Predicti
     novel, notes = _novelty(screen, config)
     votes = votes.merge(novel, on="compound", how="left")
     votes = _called(votes, _still(screen) if level != "cell" else set())
-    return Predictions(_in_order(votes, screen), tuple(notes))
+    return Predictions(_in_order(votes, screen), (*drawn, *notes))
 
 
-def _read(screen: Screen, level: Level) -> _Items:
-    """Vectors and what is known of them."""
+def _read(screen: Screen, level: Level, config: PredictionConfig) -> tuple[_Items, list[str]]:
+    """Vectors and what is known of them; a note if not all are taken."""
+    notes = []
     if level != "cell":
         metadata, vectors = read_profiles(screen, level)
     else:
         plate_map = open_table(screen.plate_map, PLATE_MAP).to_pandas()
-        wells = [WellKey(*key) for key in zip(plate_map["plate"], plate_map["well"], strict=True)]
-        keys, vectors = read_embeddings(screen, wells)
+        cells = EmbeddedCells(screen, well_keys(plate_map))
+        of_well = cells.per_well().merge(plate_map, on=["plate", "well"], how="left")
+        rows = _drawn(cells, of_well["compound"], config)
+        if len(rows) < len(cells):
+            notes.append(f"{len(rows):,} of {len(cells):,} cells vote, drawn alike from each compound (max_cells)")
+        keys, vectors = cells.read(rows)
         compounds = open_table(screen.compounds, COMPOUNDS, ["compound", "moa"]).to_pandas()
         metadata = keys.merge(plate_map, on=["plate", "well"], how="left").merge(compounds, on="compound", how="left")
-    return _Items(vectors, *(metadata[name].to_numpy(object) for name in ("compound", "role", "moa")))
+    return _Items(vectors, *(metadata[name].to_numpy(object) for name in ("compound", "role", "moa"))), notes
+
+
+def _drawn(cells: EmbeddedCells, compounds: pd.Series[str], config: PredictionConfig) -> npt.NDArray[np.int64]:
+    """The rows of the cells that vote."""
+    if len(cells) <= config.max_cells:
+        return np.arange(len(cells))
+    rng = np.random.default_rng([config.seed, 10])
+    names = sorted(set(compounds))
+    each = max(config.max_cells // len(names), 1)
+    drawn = [sample_rows(cells.counts, (compounds == name).to_numpy(), each, rng) for name in names]
+    return np.sort(np.concatenate(drawn))
 
 
 def _p_values(

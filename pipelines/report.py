@@ -17,7 +17,7 @@ from pipelines.segment import open_calibration
 from pipelines.statistics import read_statistics, readable
 from pipelines.status import stage_table
 from pipelines.units import Counts
-from pipelines.vectors import CELL_KEYS, read_embeddings, read_profiles
+from pipelines.vectors import CELL_KEYS, EmbeddedCells, read_profiles, rows_of, sample_rows
 from screening.quality import limits, summarise, worst_sites
 from screening.report import (
     Example,
@@ -39,9 +39,10 @@ from storage_schemas.tables import CELLS, COMPOUNDS, PLATE_MAP, QUALITY, TRAININ
 
 OUTPUT_VERSION = 5  # raised when the same configuration gives another page
 
-_MAPPED_CELLS = 20_000  # more would be one blot, and a heavy page
+_MAPPED = 20_000  # cells or wells; more would be one blot, and a heavy page
 _CLIPS = 600  # read for the page, which keeps the memory that they take in bounds
 _CELLS_OF_COMPOUND = 4  # shown at most
+_WELLS_OF_COMPOUND = 32  # that they are chosen from: of controls there may be thousands
 _NEIGHBOURS = 5
 _MEASURES = {  # columns of the plate map that wells are coloured by
     "n_cells": "cells in each well",
@@ -98,19 +99,20 @@ def collect(screen: Screen, notes: Sequence[str] = ()) -> ReportData:
     judged = read_quality(well_keys(maps), screen)
     activity = read_statistics(screen, "activity")
     predicted = _predictions(screen)
-    keys, vectors, mapped = _mapped_vectors(screen, maps)
+    cells = EmbeddedCells(screen, well_keys(maps)) if screen.done_units("embed") else None
+    counted, keys, vectors = _mapped_vectors(screen, cells, rng)
     return ReportData(
         title=str(manifest.config.get("title") or screen.url.rstrip("/").rpartition("/")[2]),
         provenance=_provenance(screen, manifest),
         counts=stage_table(screen).query("stage != 'report'"),
-        plate_maps=_plate_maps(screen, maps, keys, judged, activity),
+        plate_maps=_plate_maps(maps, counted, judged, activity),
         plate_measures=_MEASURES,
         quality=pd.DataFrame() if judged.empty else summarise(judged),
         quality_limits=_quality_limits(manifest, screen, judged),
         bad_sites=bad_sites(screen, judged),
         training=_training(screen),
         embedding_map=_map(maps, keys, vectors, rng),
-        mapped=mapped,
+        mapped="well" if cells is None and len(counted) else "cell",
         imported=manifest.has_imported_profiles,
         evaluation=store.read_json(screen.evaluation) if store.exists(screen.evaluation) else {},
         similarity=_similarity(screen),
@@ -121,7 +123,7 @@ def collect(screen: Screen, notes: Sequence[str] = ()) -> ReportData:
         predictions=readable_predictions(predicted.table),
         prediction_notes=predicted.notes,
         retrieval=nearest_compounds(screen, _NEIGHBOURS) if index_exists(screen.index) else pd.DataFrame(),
-        examples=list(_examples(screen, maps, keys, vectors)) if mapped == "cell" else [],
+        examples=[] if cells is None else _examples(screen, maps, cells),
         notes=[
             *_scaling_note(manifest),
             *notes,
@@ -226,31 +228,29 @@ def _training(screen: Screen) -> pd.DataFrame:
     return metrics.pivot(index=["phase", "epoch"], columns="name", values="value").reset_index()
 
 
-def _mapped_vectors(screen: Screen, maps: pd.DataFrame) -> tuple[pd.DataFrame, npt.NDArray[np.float32], str]:
-    """Keys and vectors of what the map shows, and its name: cells; wells where only their profiles are known."""
-    if screen.done_units("embed"):
-        return *read_embeddings(screen, well_keys(maps)), "cell"
-    if store.exists(screen.profiles("raw")):
-        wells, profiles = read_profiles(screen)
-        return wells[["plate", "well", "n_cells"]], profiles, "well"
-    return pd.DataFrame({"plate": [], "well": []}, dtype=str), np.empty((0, 1), np.float32), "cell"
+def _mapped_vectors(
+    screen: Screen, cells: EmbeddedCells | None, rng: np.random.Generator
+) -> tuple[pd.DataFrame, pd.DataFrame, npt.NDArray[np.float32]]:
+    """Number of cells of each well; keys and vectors of what the map shows: wells, where only profiles are known."""
+    if cells is not None:
+        every = np.ones(len(cells.counts), bool)
+        return cells.per_well(), *cells.read(sample_rows(cells.counts, every, _MAPPED, rng))
+    if not store.exists(screen.profiles("raw")):
+        none = pd.DataFrame({"plate": [], "well": []}, dtype=str)
+        return none.assign(n_cells=0), none, np.empty((0, 1), np.float32)
+    wells, profiles = read_profiles(screen)
+    picked = np.sort(rng.choice(len(wells), min(len(wells), _MAPPED), replace=False))
+    return wells[["plate", "well", "n_cells"]], wells.iloc[picked], profiles[picked]
 
 
 def _plate_maps(
-    screen: Screen, maps: pd.DataFrame, keys: pd.DataFrame, judged: pd.DataFrame, activity: pd.DataFrame
+    maps: pd.DataFrame, counted: pd.DataFrame, judged: pd.DataFrame, activity: pd.DataFrame
 ) -> pd.DataFrame:
     """A row a well with its number of embedded cells, missing where the well was not embedded, and what else is known.
 
     Of imported profiles the cells are as many as they say.
     """
-    if "n_cells" in keys:
-        table = maps.merge(keys, on=["plate", "well"], how="left")
-    else:
-        counted = keys.groupby(["plate", "well"]).size().rename("n_cells").reset_index()
-        table = maps.merge(counted, on=["plate", "well"], how="left")
-        done = screen.done_units("embed")
-        empty = [key in done for key in well_keys(table)]
-        table["n_cells"] = table["n_cells"].mask(table["n_cells"].isna() & np.array(empty), 0)
+    table = maps.merge(counted, on=["plate", "well"], how="left")
     if not judged.empty:
         frames = judged.drop_duplicates(["plate", "well", "site", "frame"])
         bad = frames.groupby(["plate", "well"])["bad"].mean().rename("bad_frames").reset_index()
@@ -266,11 +266,10 @@ def _plate_maps(
 def _map(
     maps: pd.DataFrame, keys: pd.DataFrame, vectors: npt.NDArray[np.float32], rng: np.random.Generator
 ) -> pd.DataFrame:
-    picked = np.sort(rng.choice(len(keys), min(len(keys), _MAPPED_CELLS), replace=False))
-    if not len(picked):
+    if keys.empty:
         return pd.DataFrame()
-    placed = embedding_map(vectors[picked], rng)
-    table = keys[["plate", "well"]].iloc[picked].assign(x=placed[:, 0], y=placed[:, 1])
+    placed = embedding_map(vectors, rng)
+    table = keys[["plate", "well"]].assign(x=placed[:, 0], y=placed[:, 1])
     columns = ["plate", "well", "compound", "moa", "replicate"]
     return table.merge(maps[columns], on=["plate", "well"], how="left")
 
@@ -303,23 +302,29 @@ def _predictions(screen: Screen) -> Predictions:
         return Predictions(pd.DataFrame(), ())
 
 
-def _examples(
-    screen: Screen, maps: pd.DataFrame, keys: pd.DataFrame, embeddings: npt.NDArray[np.float32]
-) -> list[Example]:
+def _examples(screen: Screen, maps: pd.DataFrame, cells: EmbeddedCells) -> list[Example]:
     """Typical cells of each compound, controls first, then by name."""
-    cells = keys.merge(maps[["plate", "well", "compound", "role"]], on=["plate", "well"], how="left")
-    kept = _kept(screen, keys)
-    cells, embeddings = cells[kept].reset_index(drop=True), embeddings[kept]
-    controls = set(cells.loc[cells["role"] == "negative_control", "compound"])
-    groups = cells.groupby("compound").indices
-    names = sorted(groups, key=lambda name: (name not in controls, name))[:_CLIPS]
+    of_well = cells.per_well().merge(maps[["plate", "well", "compound", "role"]], on=["plate", "well"], how="left")
+    seen = of_well[of_well["n_cells"] > 0]
+    controls = set(seen.loc[seen["role"] == "negative_control", "compound"])
+    names = sorted(set(seen["compound"]), key=lambda name: (name not in controls, name))[:_CLIPS]
     each = min(max(_CLIPS // max(len(names), 1), 1), _CELLS_OF_COMPOUND)
-    typical = [groups[name][typical_cells(embeddings[groups[name]], each)] for name in names]
-    chosen = cells.iloc[np.concatenate([*typical, np.empty(0, np.int64)])].reset_index(drop=True)
+    wells = seen.groupby("compound").indices
+    chosen = [_typical(screen, cells, seen.index[wells[name]], each).assign(compound=name) for name in names]
+    table = pd.concat(chosen, ignore_index=True) if chosen else pd.DataFrame(columns=CELL_KEYS)
     examples: dict[int, Example] = {}
-    for _, of_well in chosen.groupby(["plate", "well"]):
-        examples |= _read_examples(screen, well_keys(of_well)[0], of_well)
-    return [examples[i] for i in range(len(chosen))]
+    for _, rows in table.groupby(["plate", "well"]):
+        examples |= _read_examples(screen, well_keys(rows)[0], rows)
+    return [examples[i] for i in range(len(table))]
+
+
+def _typical(screen: Screen, cells: EmbeddedCells, wells: pd.Index[int], n: int) -> pd.DataFrame:
+    """Keys of the most typical of the cells in a compound's wells, given by position, whose clips have been kept."""
+    which = np.zeros(len(cells.counts), bool)
+    which[wells[:: -(-len(wells) // _WELLS_OF_COMPOUND)]] = True
+    keys, embeddings = cells.read(rows_of(cells.counts, which))
+    kept = _kept(screen, keys)
+    return keys[kept].iloc[typical_cells(embeddings[kept], n)]
 
 
 def _kept(screen: Screen, keys: pd.DataFrame) -> npt.NDArray[np.bool_]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -11,6 +12,7 @@ import pandas as pd
 import pyarrow as pa
 
 from storage_schemas import store
+from storage_schemas.ahead import ahead
 from storage_schemas.errors import InputError, SchemaError
 from storage_schemas.keys import WellKey
 from storage_schemas.screen import Screen
@@ -24,6 +26,7 @@ from storage_schemas.tables import (
     open_table,
     open_vectors,
     raw_profiles_form,
+    row_count,
     treatment_profiles_form,
     vector_dimension,
     well_profiles_form,
@@ -33,19 +36,105 @@ from storage_schemas.tables import (
 CELL_KEYS = ["plate", "well", "site", "track"]
 
 
-def read_embeddings(screen: Screen, wells: Sequence[WellKey]) -> tuple[pd.DataFrame, npt.NDArray[np.float32]]:
-    """Keys (plate, well, site, track) and (n, D) embeddings of the wells that have been embedded, in order.
+class EmbeddedCells:
+    """The embedded cells of a screen, a row each in the order of wells; they are read only where they are asked for.
 
-    Raises:
-        SchemaError: if none has been.
+    Attributes:
+        wells: those that have been embedded, in the order given.
+        counts: (n_wells,) int64 cells of each.
     """
-    done = screen.done_units("embed")
-    urls = [screen.embeddings(well) for well in wells if well in done]
-    if not urls:
-        raise SchemaError(screen.url, "has no embeddings: run the stage `embed` first")
-    form = embeddings_form(vector_dimension(urls[0], "embedding"))
-    table = pa.concat_tables([open_table(url, form) for url in urls])
-    return table.select(CELL_KEYS).to_pandas(), vectors(table["embedding"])
+
+    def __init__(self, screen: Screen, wells: Sequence[WellKey]) -> None:
+        """Count the cells.
+
+        Args:
+            screen: where they are.
+            wells: in order.
+
+        Raises:
+            SchemaError: if none of the wells has been embedded.
+        """
+        done = screen.done_units("embed")
+        self.wells = [well for well in wells if well in done]
+        if not self.wells:
+            raise SchemaError(screen.url, "has no embeddings: run the stage `embed` first")
+        self._urls = [screen.embeddings(well) for well in self.wells]
+        self._dimension = vector_dimension(self._urls[0], "embedding")
+        self._form = embeddings_form(self._dimension)
+        self.counts = np.array(list(ahead(partial(row_count, form=self._form), self._urls)), np.int64)
+
+    def __len__(self) -> int:
+        return int(self.counts.sum())
+
+    def per_well(self) -> pd.DataFrame:
+        """plate, well and n_cells of each well."""
+        table = pd.DataFrame(self.wells, columns=["plate", "well"])
+        return table.assign(n_cells=self.counts)
+
+    def keys(self) -> pd.DataFrame:
+        """plate, well, site and track of every cell."""
+        tables = ahead(partial(open_table, form=self._form, columns=CELL_KEYS), self._urls)
+        return pa.concat_tables(tables).to_pandas()
+
+    def read(self, rows: npt.NDArray[np.int64] | None = None) -> tuple[pd.DataFrame, npt.NDArray[np.float32]]:
+        """Keys (plate, well, site, track) and (n, D) embeddings.
+
+        Args:
+            rows: (n,) in ascending order; all by default.
+        """
+        rows = np.arange(len(self)) if rows is None else rows
+        ends = np.cumsum(self.counts)
+        at = np.searchsorted(ends, rows, side="right")
+        wells, starts, lengths = np.unique(at, return_index=True, return_counts=True)
+        tables = ahead(partial(open_table, form=self._form), (self._urls[well] for well in wells), most=4)
+        keys = [self._form.schema.empty_table().select(CELL_KEYS)]
+        values = np.empty((len(rows), self._dimension), np.float32)
+        for well, start, length, table in zip(wells, starts, lengths, tables, strict=True):
+            here = slice(start, start + length)
+            of_well = rows[here] - (ends[well] - self.counts[well])
+            values[here] = vectors(table["embedding"])[of_well]
+            keys.append(table.select(CELL_KEYS).take(of_well))
+        return pa.concat_tables(keys).to_pandas(), values
+
+
+def rows_of(counts: npt.NDArray[np.int64], which: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """The rows of some groups of rows that stand one after the other.
+
+    Args:
+        counts: (g,) rows of each group.
+        which: (g,) the groups wanted.
+
+    Returns:
+        (n,) in ascending order.
+    """
+    return _rows_at(counts, which, np.arange(counts[which].sum()))
+
+
+def sample_rows(
+    counts: npt.NDArray[np.int64], which: npt.NDArray[np.bool_], most: int, rng: np.random.Generator
+) -> npt.NDArray[np.int64]:
+    """Rows drawn evenly from such groups; memory goes by what is drawn.
+
+    Args:
+        counts: (g,) rows of each group.
+        which: (g,) the groups that are drawn from.
+        most: rows to draw; all if there are no more.
+        rng: draws.
+
+    Returns:
+        (min(most, rows there are),) in ascending order.
+    """
+    total = int(counts[which].sum())
+    return _rows_at(counts, which, np.sort(rng.choice(total, min(most, total), replace=False)))
+
+
+def _rows_at(
+    counts: npt.NDArray[np.int64], which: npt.NDArray[np.bool_], places: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """Rows among all of those at some places among the groups wanted."""
+    ends = np.cumsum(counts[which])
+    skipped = np.cumsum(counts)[which] - ends
+    return places + skipped[np.searchsorted(ends, places, side="right")]
 
 
 def read_profiles(

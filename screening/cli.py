@@ -694,6 +694,9 @@ def predict(
     k: Annotated[
         int | None, typer.Option("-k", min=1, help="Neighbours that each votes for: 1 of cells, else 5.")
     ] = None,
+    max_cells: Annotated[
+        int | None, typer.Option(min=1, help="Cells that vote, at most; by default 100,000. (--level cell)")
+    ] = None,
     output: FormatOption = Format.table,
 ) -> None:
     """Which mechanism of action do a compound's cells or profiles vote for, and how sure is that?
@@ -707,7 +710,8 @@ def predict(
     from storage_schemas.screen import Screen
 
     opened = Screen.open(screen)
-    found = vote(opened, compound, level.value if level else None, PredictionConfig(k=k))
+    config = PredictionConfig(k=k) if max_cells is None else PredictionConfig(k=k, max_cells=max_cells)
+    found = vote(opened, compound, level.value if level else None, config)
     _print_first(readable(found.table) if output is Format.table else found.table, output)
     for note in found.notes if output is Format.table else ():
         typer.echo(f"note: {note}")

@@ -32,6 +32,9 @@ class EvaluationConfig(Config):
     """What is scored and how its uncertainty is estimated."""
 
     n_bootstrap: int = Field(1000, ge=1, description="bootstrap samples of compounds an interval")
+    max_cells: int = Field(
+        100_000, ge=1, description="cells of each test, and of the gallery, at most; of more, so many are drawn"
+    )
     ranks: tuple[int, ...] = Field((1, 5, 10), description="the k of every Rank-k to report")
     max_rank: int = Field(50, ge=1, description="length of the CMC curve, in ranks")
     exclude: Literal["replicate_and_compound", "well", "compound"] = Field(

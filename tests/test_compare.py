@@ -17,7 +17,7 @@ from pipelines import compare
 from pipelines.compare import METHODS, markdown, read_summaries, table
 from pipelines.config import parse, with_cells_of
 from pipelines.inputs import Inputs, open_inputs
-from pipelines.vectors import read_embeddings
+from pipelines.vectors import EmbeddedCells
 from screening.baselines import BaselineConfig
 from storage_schemas import store
 from storage_schemas.keys import WellKey
@@ -88,7 +88,7 @@ def test_what_is_fitted_knows_training_cells_only(screen: Screen, tmp_path: Path
         for method in ("features", "ipp"):
             rival = Screen(str(tmp_path / name / method), screen)
             counts, notes = compare._embed(method, BaselineConfig(), inputs, screen, rival, mark)
-            found[name, method] = read_embeddings(rival, inputs.wells)
+            found[name, method] = EmbeddedCells(rival, inputs.wells).read()
         cells = open_table(screen.cells(tested), CELLS)
         for position, column in enumerate(cells.column_names):
             if column.startswith(FEATURE_PREFIX):

@@ -324,6 +324,19 @@ def test_profiles_vote_for_their_neighbours(folder: Path) -> None:
     assert votes.at["uncoupler", "p_value"] == pytest.approx(1 / 10 if votes.at["uncoupler", "share"] == 1 else 7 / 10)
 
 
+def test_of_many_cells_as_many_of_each_compound_vote(folder: Path) -> None:
+    screen = Screen.open(str(folder))
+    all_vote = predict(screen, level="cell")
+    # Seven compounds of 24 cells each, the controls of 48.
+    some = predict(screen, level="cell", config=PredictionConfig(max_cells=70))
+    assert set(some.table["n_votes"]) == {10}
+    assert set(all_vote.table["n_votes"]) == {24}
+    assert some.notes == ("70 of 192 cells vote, drawn alike from each compound (max_cells)", *all_vote.notes)
+    assert set(some.table["call"]) <= {*all_vote.table["call"]}
+    again = predict(screen, level="cell", config=PredictionConfig(max_cells=10**6))
+    pd.testing.assert_frame_equal(again.table, all_vote.table)
+
+
 def test_predictions_are_kept_until_something_changes(screen: Screen) -> None:
     first = predict(screen).table
     url = screen.predictions("cell", "parquet")

@@ -17,7 +17,7 @@ from indexed_screens import write_screen
 from pipelines.indexing import build_index
 from pipelines.inputs import well_keys
 from pipelines.query import COLUMNS, Searcher, nearest_compounds
-from pipelines.vectors import read_embeddings, vectors
+from pipelines.vectors import EmbeddedCells, vectors
 from screening.similarity import ExactIndex
 from storage_schemas.errors import InputError
 from storage_schemas.index import LEVELS, Level
@@ -49,7 +49,7 @@ def level_vectors(screen: Screen, level: Level) -> tuple[pd.Series[str], npt.NDA
     """Compound and vector of each thing at a level, from the tables and not from the index."""
     plate_map = open_table(screen.plate_map, PLATE_MAP).to_pandas()
     if level == "cell":
-        keys, values = read_embeddings(screen, well_keys(plate_map))
+        keys, values = EmbeddedCells(screen, well_keys(plate_map)).read()
         merged = keys.merge(plate_map, on=["plate", "well"], how="left")
         return merged["compound"], values.astype(np.float64)
     url = screen.profiles(level)

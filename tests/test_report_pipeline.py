@@ -15,7 +15,7 @@ from made_up_clips import CELLS_OF_WELL, write_clips_of
 from pipelines import report
 from pipelines.inputs import well_keys
 from pipelines.report import collect, read_example, write_report
-from pipelines.vectors import read_embeddings
+from pipelines.vectors import EmbeddedCells
 from storage_schemas.clips import read_clips
 from storage_schemas.errors import InputError, SchemaError
 from storage_schemas.keys import TrackKey, WellKey
@@ -36,7 +36,7 @@ def plate_map(screen: Screen) -> pd.DataFrame:
 
 def test_clips_are_those_of_the_medoid_and_its_nearest_cells(screen: Screen) -> None:
     maps = plate_map(screen)
-    keys, embeddings = read_embeddings(screen, well_keys(maps))
+    keys, embeddings = EmbeddedCells(screen, well_keys(maps)).read()
     cells = keys.merge(maps, on=["plate", "well"])
     shown = collect(screen).examples
     for compound in ("uncoupler-1", "DMSO"):

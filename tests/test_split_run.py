@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -49,6 +50,22 @@ def test_cells_are_divided_and_the_reader_is_warned(
     assert any("optimistic" in note for note in stages["train"]["notes"])
     assert stages["train"]["counts"]["cells: train"] == count["train"] == stages["train"]["counts"]["clips"]
     assert not any("no validation" in note for note in stages["train"]["notes"])
+
+
+@pytest.mark.parametrize("method", ["compound", "cell"])
+def test_of_many_cells_some_are_drawn_and_the_reader_is_told(
+    method: str, on_its_cells: list[str], command: Command, tmp_path: Path
+) -> None:
+    screen = tmp_path / "screen"
+    settings = ("--set", f"split.method={method}", "--set", "evaluation.max_cells=5")
+    done = command("run", *on_its_cells, "--out", screen, "--stages", "train,embed,evaluate", *settings)
+    assert done.code == 0, done.err
+    for test in json.loads((screen / "evaluation.json").read_text()).values():
+        assert test["n_gallery"] == 5
+        assert test["n_queries"] + test["n_left_out"]["queries_without_match"] == 5
+    record = json.loads((screen / "manifest.json").read_text())["stages"]["evaluate"]
+    assert any(re.match("5 of [0-9]+ of the gallery's cells were drawn", note) for note in record["notes"])
+    assert any(re.search(": 5 of [0-9]+ of the queries were drawn", note) for note in record["notes"])
 
 
 @pytest.mark.parametrize(("held_out", "tests"), [(True, {"compound", "replicate"}), (False, {"compound"})])

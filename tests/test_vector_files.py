@@ -14,7 +14,7 @@ from indexed_screens import DIMENSION, write_screen
 from pipelines.indexing import build_index
 from pipelines.query import Searcher
 from pipelines.vector_files import vectors_of
-from pipelines.vectors import read_embeddings
+from pipelines.vectors import EmbeddedCells
 from screening.similarity import CompressedIndex, ExactIndex, to_unit
 from storage_schemas.errors import InputError, SchemaError
 from storage_schemas.keys import WellKey
@@ -34,7 +34,7 @@ def searcher(screen: Screen) -> Searcher:
 def test_a_file_is_asked_about_by_the_mean_of_its_vectors(searcher: Searcher, command: Command) -> None:
     well = WellKey("plate-2", "A03")
     url = searcher.screen.embeddings(well)
-    _, values = read_embeddings(searcher.screen, [well])
+    _, values = EmbeddedCells(searcher.screen, [well]).read()
     rows, names = vectors_of(searcher, url, None)
     assert names == ["A03.parquet"]
     np.testing.assert_allclose(rows, to_unit(values).mean(axis=0)[None], atol=1e-6)
@@ -45,7 +45,7 @@ def test_a_file_is_asked_about_by_the_mean_of_its_vectors(searcher: Searcher, co
 
 
 def test_every_vector_of_a_file_is_asked_about(searcher: Searcher, tmp_path: Path, command: Command) -> None:
-    _, values = read_embeddings(searcher.screen, [WellKey("plate-1", "B02")])
+    _, values = EmbeddedCells(searcher.screen, [WellKey("plate-1", "B02")]).read()
     np.save(tmp_path / "mine.npy", 3 * values[:4])
     done = command(
         "query", searcher.screen.url, "--vectors", tmp_path / "mine.npy", "--each", "-k", 2, "--format", "json"
