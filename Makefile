@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow chaos lint audit format benchmark-site benchmark-ray benchmark-segmentation benchmark-retrieval benchmark-index benchmark-recipes benchmark-training benchmark-train-loading benchmark-ablations benchmark-report benchmark-network benchmark-engine benchmark-scale benchmark-memory benchmark-costs clean
+.PHONY: help demo test test-slow chaos lint audit format benchmark-site benchmark-segmentation benchmark-retrieval benchmark-index benchmark-recipes benchmark-training benchmark-train-loading benchmark-ablations benchmark-report benchmark-network benchmark-engine benchmark-scale benchmark-memory benchmark-costs clean
 
 help:
 	@echo "make demo       simulate a small screen, run every stage, ask it a question (into demo/)"
@@ -18,7 +18,6 @@ help:
 	@echo "make audit      what constraints.txt pins, looked up among known vulnerabilities; wants the network"
 	@echo "make format     let ruff rewrite the code"
 	@echo "make benchmark-site  a site's steps, speed and F1, beside the plain scikit-image way"
-	@echo "make benchmark-ray   the stage segment on two cores beside a plain loop on one"
 	@echo "make benchmark-segmentation  nuclei and cells against truth, beside the plain scikit-image way"
 	@echo "make benchmark-training  what the steps of training cost, beside the plain ways"
 	@echo "make benchmark-retrieval  retrieval metrics beside a loop over queries, and their memory"
@@ -68,9 +67,6 @@ format: $(INSTALLED)
 benchmark-site: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/site.py 1024
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/site.py 2048 3
-
-benchmark-ray: $(INSTALLED)
-	$(BIN)/python benchmarks/ray_stage.py
 
 benchmark-segmentation: $(INSTALLED)
 	$(BIN)/python benchmarks/segmentation.py

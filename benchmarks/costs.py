@@ -42,12 +42,12 @@ class Assumptions:
     tracks: Annotated[int, "cells that were followed, a site", EXAMPLE] = 150
     clip: Annotated[int, "pixels along a clip's side, 8 bit", EXAMPLE] = 64
     dimension: Annotated[int, "numbers of an embedding", "ResNet-18"] = 512
-    segment_cpu_s: Annotated[float, "CPU s of a site of 16 × 3 × 1024², files written", "`ray_stage.py`, the loop"] = (
-        2.1
-    )
+    segment_cpu_s: Annotated[
+        float, "CPU s of a site of 16 × 3 × 1024², files written", "`engine.py segment`, the loop"
+    ] = 1.9
     embed_per_cpu_s: Annotated[float, "clips a second and core", "`network.py`, ResNet-18, 16 × 112²"] = 9.6
     embed_per_gpu_s: Annotated[float, "clips a second and GPU; 0: on CPUs", "not measured"] = 0.0
-    efficiency: Annotated[float, "of the engine", "what `engine.py` is held to"] = 0.85
+    efficiency: Annotated[float, "of the engine", "an assumption; `engine.py` measures it"] = 0.85
     cores: Annotated[int, "cores at work", EXAMPLE] = 1000
     gpus: Annotated[int, "GPUs at work", EXAMPLE] = 8
     pixel_bytes: Annotated[float, "stored, of a byte of pixels", DEMO] = 0.804

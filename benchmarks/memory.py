@@ -165,7 +165,7 @@ def main(gib: float, side: int) -> None:
                 print(f"{stage:<9}{pixels(folder, side):>6.1f} GiB{shown}", flush=True)
     for stage in ("segment", "embed"):
         small, large = found[stage]
-        ratios = ", ".join(f"{name} {large[name] / small[name]:.2f}" for name in COLUMNS if small[name])
+        ratios = ", ".join(f"{name} {large[name] / small[name]:.2f}" for name in COLUMNS if small[name] >= 1)
         print(f"{stage}, twice the screen: {ratios}")
 
 

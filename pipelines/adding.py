@@ -81,6 +81,7 @@ def add(url: str, other_url: str, cpus: int | None = None) -> tuple[dict[str, in
     if target.exists() and target.read_manifest().inputs != made_by:
         store.remove(target.url)
     source = Manifest(software={}, config={}, inputs=made_by, cells=other.url)
+    notes = []
     if store.exists(screen.checkpoint):
         embedded = _is_embedded(other, made_by)
         if not embedded:
@@ -88,15 +89,21 @@ def add(url: str, other_url: str, cpus: int | None = None) -> tuple[dict[str, in
         _copy_tables(other, target, source)
         if embedded:
             _copy_embeddings(other, target, made_by)
-        else:
+        missing = target.done_units("segment") - target.done_units("embed")
+        if missing and (not embedded or (other.segmented or other).kept_clips == "all"):
             _embed(screen, target, made_by, cpus)
+        elif missing:
+            notes.append(
+                f"{len(missing)} well(s) of {other.url} are not embedded and left out: run it, and add it again"
+            )
         _sum_up(screen, target, made_by)
     else:
         _copy_profiles(screen, other, target, source)
     wells = well_keys(own) if store.exists(screen.checkpoint) else []
     # What was added before and has changed, as where wells had failed, is not at the end.
     extend = target.url not in {entry.screen for entry in read_manifest(screen.index).added}
-    counts, notes = build_index(screen, index_config(screen), wells, extend=extend)
+    counts, told = build_index(screen, index_config(screen), wells, extend=extend)
+    notes += told
     failed = len(target.failures("embed"))
     if failed:
         notes.append(f"{failed} well(s) of {other.url} could not be embedded: see {target.url}/failures; add it again")

@@ -35,6 +35,11 @@ class _Put(io.BytesIO):
         self._fs, self._path = fs, path
 
     def close(self) -> None:
-        if not self.closed:
-            self._fs.pipe_file(self._path, self.getvalue())
+        if self.closed:
+            return
+        data = self.getvalue()
         super().close()
+        self._fs.pipe_file(self._path, data)
+
+    def __del__(self) -> None:
+        """Put nothing: what is dropped without being closed is a part."""

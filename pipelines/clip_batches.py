@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, Self
 
@@ -22,6 +23,7 @@ from pipelines.units import is_passing
 from screening.augmentation import AugmentConfig, apply, draw
 from screening.splits import CELL, is_of_cells, parts_of
 from screening.training import TrainingError
+from storage_schemas.ahead import ahead
 from storage_schemas.clips import read_clips
 from storage_schemas.errors import InputError
 from storage_schemas.keys import WellKey
@@ -99,11 +101,13 @@ def clip_table(screen: Screen, wells: pd.DataFrame) -> ClipTable:
     clips: list[int] = []
     labels: list[int] = []
     names: list[str] = []
-    for (plate, well), rows in wells.groupby(["plate", "well"], sort=False):
-        key = WellKey(str(plate), str(well))
-        if key not in done:
-            continue
-        cells = open_table(screen.cells(key), CELLS, [*CELL, "clip"]).to_pandas()
+    named = {
+        WellKey(str(plate), str(well)): rows for (plate, well), rows in wells.groupby(["plate", "well"], sort=False)
+    }
+    there = [key for key in named if key in done]
+    tables = ahead(partial(open_table, form=CELLS, columns=[*CELL, "clip"]), map(screen.cells, there))
+    for key, table in zip(there, tables, strict=True):
+        rows, cells = named[key], table.to_pandas()
         cells = parts_of(cells[cells["clip"].notna()], rows)
         if is_of_cells(rows):
             cells = cells[cells["split"].notna()]

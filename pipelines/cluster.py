@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from pipelines import events
 from storage_schemas.errors import InputError
 
 READER_CPUS = 0.25  # that an actor asks for which reads and augments batches
@@ -116,13 +117,13 @@ def _translated() -> Iterator[None]:
 
 
 def check_room(resources: ResourcesConfig) -> None:
-    """Refuse what this machine can never place: Ray would wait for it without end. A cluster may still grow.
+    """Refuse what this machine can never place: Ray would wait for it without end.
+
+    A cluster may still grow: there it is said what is waited for.
 
     Raises:
         InputError: naming the setting.
     """
-    if cluster_address():
-        return
     there = ray.cluster_resources()
     cpus, gpus = there.get("CPU", 0.0), there.get("GPU", 0.0)
     memory = there.get("memory", 0.0) / 2**20
@@ -139,7 +140,11 @@ def check_room(resources: ResourcesConfig) -> None:
         "embed_gpus": (resources.embed_gpus * (resources.embed_actors or 1), gpus, "GPUs"),
     }
     for name, (asked, room, what) in wanted.items():
-        if asked > room:
+        if asked > room and cluster_address():
+            events.note(
+                f"resources.{name} asks for {asked:g} {what} and {room:g} are up: waiting for the cluster to grow"
+            )
+        elif asked > room:
             raise InputError(f"resources.{name} asks for {asked:g} {what} and there are {room:g}; set it lower")
 
 
@@ -166,8 +171,8 @@ def one_pass_actors(resources: ResourcesConfig) -> tuple[int, ActorCpus]:
     """How many actors embed beside the tasks that segment, and the CPUs of each."""
     cpus = usable_cpus(resources)
     actors = resources.embed_actors or (1 if resources.embed_gpus else max(1, int(cpus / 2)))
-    # One well at least must find room beside them; where there is none they share its CPU.
-    left = max(0.0, cpus - resources.segment_cpus) / actors
+    # One well at least must find room beside them, and a task that reads; where there is none they share its CPU.
+    left = max(0.0, cpus - max(1.0, resources.segment_cpus)) / actors
     return actors, _actor_cpus(resources, resources.embed_cpus, 1, left)
 
 

@@ -34,6 +34,7 @@ from screening.markdown import table as markdown_table
 from screening.markdown import text as markdown_text
 from screening.splits import parts_of
 from storage_schemas import store
+from storage_schemas.ahead import ahead
 from storage_schemas.clips import frame_numbers, open_clips
 from storage_schemas.errors import InputError, SchemaError
 from storage_schemas.keys import WellKey
@@ -214,10 +215,10 @@ def read_summaries(screen: Screen, wells: Sequence[WellKey], config: BaselineCon
     done = screen.done_units("segment")
     keys, values = [], []
     names: list[str] = []
-    for well in wells:
-        if well not in done:
-            continue
-        table = open_table(screen.cells(well), CELLS)
+    there = [well for well in wells if well in done]
+    for well, table in zip(
+        there, ahead(partial(open_table, form=CELLS), map(screen.cells, there), most=4), strict=True
+    ):
         table = table.filter(pc.equal(table["excluded"], KEPT))
         found = _feature_columns(table)
         names = names or found

@@ -86,9 +86,18 @@ def examine(urls: Sequence[str] = ()) -> pd.DataFrame:
         A row a finding: check, state, found, mend.
     """
     checks: list[Callable[[], Iterator[Finding]]] = [_packages, _torch, _machine, _gpus, _auth, _ray, _open_clusters]
-    findings = [finding for check in checks for finding in check()]
+    findings = [finding for check in checks for finding in _looked(check)]
     findings += [finding for url in urls for finding in _storage(url)]
     return pd.DataFrame([asdict(finding) for finding in findings])
+
+
+def _looked(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """What a check finds, and what has kept it from looking."""
+    try:
+        yield from check()
+    except OSError as error:
+        name = check.__name__.strip("_").replace("_", " ")
+        yield Finding(name, "wrong", f"cannot be looked at: {error}", "let this user read it")
 
 
 # --- software ---------------------------------------------------------------------------------
@@ -237,7 +246,9 @@ def _memory(limits: _Limits) -> Finding:
 
 def _disks() -> Iterator[Finding]:
     temporary = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
-    disk = os.statvfs(temporary)
+    # Ray makes it where it is not there.
+    there = next(folder for folder in (Path(temporary), *Path(temporary).absolute().parents) if folder.exists())
+    disk = os.statvfs(there)
     free, inodes = disk.f_bavail * disk.f_frsize, disk.f_favail
     found = f"{temporary}: {_gib(free)} free"
     if len(os.fsencode(temporary)) + len(_SOCKET) > _LONGEST_SOCKET:
@@ -313,7 +324,8 @@ def _auth() -> Iterator[Finding]:
     mode = os.environ.get("RAY_AUTH_MODE", "")
     named = os.environ.get("RAY_AUTH_TOKEN_PATH")
     path = Path(named) if named else Path.home() / ".ray" / "auth_token"
-    there = bool(os.environ.get("RAY_AUTH_TOKEN")) or path.is_file()
+    given = bool(os.environ.get("RAY_AUTH_TOKEN"))  # comes before the file
+    there = given or path.is_file()
     shown = f"RAY_AUTH_MODE={mode or 'not set'}, {'a' if there else 'no'} token"
     if mode.lower() == "disabled":
         mend = "whoever reaches the cluster's ports can run commands on it: RAY_AUTH_MODE=token for all its processes"
@@ -322,10 +334,10 @@ def _auth() -> Iterator[Finding]:
         state: State = "wrong" if cluster_address() and mode else "warning" if cluster_address() else "ok"
         mend = "ray get-auth-token --generate, or copy the cluster's token there" if cluster_address() else ""
         yield Finding("authentication", state, f"{shown} ({path})", mend)
-    elif path.is_file() and not path.read_text(encoding="utf-8", errors="replace").strip():
+    elif not given and not path.read_text(encoding="utf-8", errors="replace").strip():
         mend = f"rm {path}; ray get-auth-token --generate, or copy the cluster's token there"
         yield Finding("authentication", "wrong", f"{shown}, which is empty ({path})", mend)
-    elif path.is_file() and path.stat().st_mode & 0o077:
+    elif not given and path.stat().st_mode & 0o077:
         yield Finding("authentication", "warning", f"{shown}, which others can read", f"chmod 600 {path}")
     else:
         yield Finding("authentication", "ok", shown)
@@ -433,6 +445,7 @@ def _storage(url: str) -> Iterator[Finding]:
             start = time.monotonic()
             store.read_bytes(store.join(folder, "small"))
             latency = time.monotonic() - start
+            doing = "cleaned up"
         finally:
             store.remove(folder)
     except InputError as error:

@@ -20,6 +20,8 @@ from typing import Any, Literal
 
 from rich.console import Console
 
+from storage_schemas.remote import without_secrets
+
 LogFormat = Literal["text", "json"]
 VARIABLE = "SCREENING_LOG_FORMAT"  # names the form where no option does, as for jobs and in notebooks
 
@@ -27,12 +29,9 @@ console = Console(stderr=True, highlight=False)
 
 _shared: dict[str, Any] = {}  # fields of every event; of the process, since stages have threads of their own
 
-# User and password of a URL, and what a signed one carries in its query. More is starred out than stores refuse, as
-# passwords with a slash: a log that hides a part of a path does no harm.
+# User and password of a URL. More is hidden than stores refuse, as passwords with a slash: a log that hides a part of
+# a path does no harm.
 _USER = re.compile(r"""(\w://)(?:[^\s/@:"']*:[^\s@"']*|[^\s/@"']+)@""")
-_SIGNED = re.compile(
-    r"""([?&][\w-]*(?:signature|token|credential|password|secret|key|sig)=)[^\s&"'\\]+""", re.IGNORECASE
-)
 
 
 def info(event: str, message: str = "", /, **fields: Any) -> None:
@@ -111,8 +110,13 @@ def is_json() -> bool:
 
 
 def masked(text: str) -> str:
-    """A text with the secrets of the URLs in it starred out."""
-    return _SIGNED.sub(r"\1***", _USER.sub(r"\1***@", text)) if "://" in text else text
+    """A text without the secrets of the URLs in it."""
+    return without_secrets(_USER.sub(r"\1***@", text)) if "://" in text else text
+
+
+def visible(text: str) -> str:
+    """A text in which what would move a terminal's cursor or change its settings is written out."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def _say(level: int, event: str, message: str, fields: dict[str, Any]) -> None:
@@ -151,7 +155,8 @@ class _TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The words of one record."""
         prefix = "error: " if record.levelno >= logging.ERROR else ""
-        return masked(f"{prefix}{record.getMessage()}")
+        said = masked(f"{prefix}{record.getMessage()}")
+        return "\n".join(map(visible, said.split("\n")))
 
 
 class _Handler(logging.Handler):

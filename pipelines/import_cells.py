@@ -26,6 +26,7 @@ from pipelines.units import Counts, StageError, Work, run_units
 from screening import mitoreid
 from screening.mitoreid import UnusableSequenceError
 from storage_schemas import store
+from storage_schemas.ahead import ahead
 from storage_schemas.base import Config
 from storage_schemas.clips import write_clips
 from storage_schemas.errors import InputError, SchemaError
@@ -251,8 +252,8 @@ def _import(context: _Context, wells: Sequence[WellKey]) -> tuple[Counts, list[s
     assert done | failed == set(wells), "every well is done or recorded as failed"
     counts = Counter({"wells": len(wells), "done": len(done), "failed": len(failed - done)})
     counts.update(sequences=len(context.sequences), clips=0)
-    for well in done:
-        excluded = open_table(screen.cells(well), CELLS, ["excluded"])["excluded"].to_pylist()
+    for table in ahead(partial(open_table, form=CELLS, columns=["excluded"]), map(screen.cells, done)):
+        excluded = table["excluded"].to_pylist()
         counts.update(f"sequences failed: {reason}" if reason else "clips" for reason in excluded)
     for well in failed - done:
         counts["sequences failed: with their well"] += len(_sequences_of(context, well))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -21,6 +20,7 @@ from screening import similarity
 from screening.profiles import ProfilesConfig, consensus_profiles, process
 from screening.similarity import Effort, Index, IndexConfig, Quantiser, Vectors, to_unit
 from storage_schemas import store
+from storage_schemas.ahead import ahead
 from storage_schemas.checkpoint import weights_digest
 from storage_schemas.errors import InputError, SchemaError
 from storage_schemas.index import (
@@ -40,7 +40,6 @@ from storage_schemas.keys import WellKey
 from storage_schemas.screen import Screen, fingerprint
 from storage_schemas.tables import COMPOUNDS, PLATE_MAP, embeddings_form, open_table, vector_dimension
 
-_READERS = 4  # threads that read ahead; Parquet is decoded without Python's lock
 _ROWS = 2**16  # that are encoded at once
 
 
@@ -57,7 +56,7 @@ def read_cells(screen: Screen, wells: Sequence[WellKey]) -> Iterator[tuple[WellK
     if not urls:
         raise SchemaError(screen.url, "has no embeddings: run the stage `embed` first")
     form = embeddings_form(vector_dimension(next(iter(urls.values())), "embedding"))
-    tables = _ahead(lambda url: open_table(url, form), urls.values())
+    tables = ahead(partial(open_table, form=form), urls.values(), most=8)
     for well, table in zip(urls, tables, strict=True):
         yield well, table.select(CELL_KEYS).to_pandas(), vectors(table["embedding"])
 
@@ -418,15 +417,3 @@ def _annotation(screen: Screen) -> tuple[dict[WellKey, str], dict[str, str | Non
 
 def _blocks(rows: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
     return (rows[start : start + _ROWS] for start in range(0, len(rows), _ROWS))
-
-
-def _ahead(function: Callable[[str], pa.Table], arguments: Iterable[str]) -> Iterator[pa.Table]:
-    """Results in order, a few computed ahead by threads."""
-    with ThreadPoolExecutor(_READERS) as pool:
-        waiting: deque[Future[pa.Table]] = deque()
-        for argument in arguments:
-            waiting.append(pool.submit(function, argument))
-            if len(waiting) > 2 * _READERS:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()

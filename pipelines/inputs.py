@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -12,7 +13,7 @@ from storage_schemas import store
 from storage_schemas.errors import InputError, SchemaError
 from storage_schemas.keys import WellKey
 from storage_schemas.plate import Plate, open_plate
-from storage_schemas.screen import Screen
+from storage_schemas.screen import Screen, fingerprint
 from storage_schemas.tables import COMPOUNDS, PLATE_MAP, open_table, read_compounds, read_plate_map, read_split
 
 if TYPE_CHECKING:  # the configuration pulls in torch, which segmentation workers do without
@@ -41,10 +42,20 @@ class Inputs:
     notes: tuple[str, ...]
     split: pd.DataFrame | None = None
 
-    @property
+    @cached_property
     def wells(self) -> list[WellKey]:
         """The units of work, in order."""
         return well_keys(self.plate_map)
+
+    @cached_property
+    def identity(self) -> str:
+        """Which images a run sees and what the tables say of them.
+
+        Plates are known by name and wells: pixels that change under the same names go unnoticed.
+        """
+        plates = {name: sorted(plate.well_paths.items()) for name, plate in self.plates.items()}
+        tables = [self.plate_map, self.compounds, *([] if self.split is None else [self.split])]
+        return fingerprint(plates, annotation_identity(*tables))
 
 
 def well_keys(table: pd.DataFrame) -> list[WellKey]:

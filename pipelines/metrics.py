@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
@@ -58,7 +58,7 @@ def names() -> set[str]:
 
 
 class StageMetrics:
-    """What is counted of one stage of one screen.
+    """What is counted of one stage of one screen, for as long as a ``with`` block lasts: then nothing is left to do.
 
     Args:
         screen: folder or URL of the screen.
@@ -69,6 +69,14 @@ class StageMetrics:
     def __init__(self, screen: str, stage: str, units: int) -> None:
         self._tags = _tags(screen, stage)
         self._left = units
+        self._set_left()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # What a stage that was stopped has not done would look like a screen that stands still.
+        self._left = 0
         self._set_left()
 
     def ended(self, outcome: Outcome, seconds: float | None) -> None:
@@ -97,9 +105,15 @@ class StageMetrics:
 def set_counts(screen: str, stage: str, counts: Mapping[str, int]) -> None:
     """Tell what a stage that is done has counted: wells, cells, clips and what else there is of it."""
     for what, count in counts.items():
-        _metrics().counts.set(count, {**_tags(screen, stage), "what": what})
+        _metrics().counts.set(count, {**_tags(screen, stage), "what": _ascii(what)})
 
 
 def _tags(screen: str, stage: str) -> dict[str, str]:
     """Metrics name a screen by the last part of its URL: a whole one may hold secrets."""
-    return {"screen": events.masked(screen).rstrip("/").rpartition("/")[2], "stage": stage}
+    name = events.masked(screen).rstrip("/").rpartition("/")[2]
+    return {"screen": _ascii(name), "stage": stage}
+
+
+def _ascii(text: str) -> str:
+    """All that Ray takes."""
+    return text.encode("ascii", "backslashreplace").decode()

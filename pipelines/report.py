@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from itertools import compress
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +32,7 @@ from screening.report import (
 )
 from screening.site import SegmentConfig
 from storage_schemas import store
+from storage_schemas.ahead import ahead
 from storage_schemas.clips import as_bytes, channel_names, open_clips, read_clips
 from storage_schemas.errors import InputError
 from storage_schemas.index import index_exists
@@ -152,7 +155,8 @@ def read_quality(wells: Sequence[WellKey], screen: Screen) -> pd.DataFrame:
     """Quality of all wells that have been segmented; nothing of imported cells, which have no images."""
     done = screen.done_units("segment")
     urls = [screen.quality(well) for well in wells if well in done]
-    tables = [open_table(url, QUALITY).to_pandas() for url in urls if store.exists(url)]
+    there = compress(urls, ahead(store.exists, urls))
+    tables = [table.to_pandas() for table in ahead(partial(open_table, form=QUALITY), there)]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
@@ -332,8 +336,9 @@ def _kept(screen: Screen, keys: pd.DataFrame) -> npt.NDArray[np.bool_]:
     if screen.kept_clips != "sample":
         return np.full(len(keys), screen.kept_clips == "all")
     kept: set[tuple[str, str, str, int]] = set()
-    for well in well_keys(keys.drop_duplicates(["plate", "well"])):
-        cells = open_table(screen.cells(well), CELLS, [*CELL_KEYS, "clip"]).to_pandas()
+    urls = map(screen.cells, well_keys(keys.drop_duplicates(["plate", "well"])))
+    for table in ahead(partial(open_table, form=CELLS, columns=[*CELL_KEYS, "clip"]), urls):
+        cells = table.to_pandas()
         kept.update(cells.loc[cells["clip"].notna(), CELL_KEYS].itertuples(index=False, name=None))
     return np.array([key in kept for key in keys[CELL_KEYS].itertuples(index=False, name=None)], bool)
 

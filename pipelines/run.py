@@ -11,7 +11,7 @@ from typing import Any
 from pipelines import embed, evaluate, events, index, report, segment, statistics, train
 from pipelines.cluster import check_room, cluster
 from pipelines.config import ConfigError, RunConfig, differences
-from pipelines.inputs import Inputs, annotation_identity, open_inputs
+from pipelines.inputs import Inputs, open_inputs
 from pipelines.stage import do_stage
 from pipelines.units import Counts
 from screening.similarity import suggest
@@ -115,7 +115,7 @@ def run(
 
 def run_several(
     configs: Mapping[str, RunConfig], stages: Sequence[Stage] = STAGES, *, update: bool = False
-) -> Iterator[tuple[str, int | InputError]]:
+) -> Iterator[tuple[str, int | InputError | OSError]]:
     """Run screens one after the other on one Ray; what stops one does not stop the others.
 
     Args:
@@ -139,7 +139,7 @@ def run_several(
             try:
                 check_room(config.resources)
                 yield out, run(config, out, stages, update=update)
-            except InputError as error:
+            except (InputError, OSError) as error:
                 yield out, error
 
 
@@ -297,10 +297,5 @@ def _all_units(stage: Stage, config: RunConfig, inputs: Inputs, screen: Screen) 
 
 
 def _input_identity(config: RunConfig, inputs: Inputs) -> str:
-    """Which images a run sees, what the tables say of them, and what weights it starts from.
-
-    Plates are known by name and wells: pixels that change under the same names go unnoticed.
-    """
-    plates = {name: sorted(plate.well_paths.items()) for name, plate in inputs.plates.items()}
-    tables = [inputs.plate_map, inputs.compounds, *([] if inputs.split is None else [inputs.split])]
-    return fingerprint(plates, annotation_identity(*tables), *train.weights_identity(config))
+    """Which images a run sees, what the tables say of them, and what weights it starts from."""
+    return fingerprint(inputs.identity, *train.weights_identity(config))

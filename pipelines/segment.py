@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -151,6 +151,9 @@ def segment_well(context: _Context, well: WellKey) -> float:
     keep_freed_memory()
     screen, plate = context.screen, context.plates[well.plate]
     if well.plate not in context.forms or not exists(screen.calibration(well.plate)):
+        for url in plate.sites(well.well).values():
+            with suppress(SchemaError):
+                open_site(url)  # that access is denied, say, is told by each well; the sampling went past it
         raise InputError(f"{plate.url}: none of the sites sampled for its calibration can be used")
     calibration = open_calibration(screen.calibration(well.plate))
     sites = {SiteKey(well.plate, well.well, name): url for name, url in plate.sites(well.well).items()}
@@ -186,6 +189,7 @@ def _failed_again(
     """The failures of a well's failed sites tried again; none if one of them can be used, or is gone."""
     recorded = {failure.unit for failure in context.screen.failures("segment", well)}
     known = {key: url for key, url in sites.items() if str(key) in recorded}
+    context = replace(context, embedders=None)  # where a site can be used, the whole well is done again
     failures: list[Failure] = []
     for key, url in known.items():
         outcome = _attempt(context, calibration, key, url, len(sites), [])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -12,6 +14,7 @@ from screening.clips import KEPT
 from screening.splits import CELL, Split, check_leaks, unit
 from screening.splits import split as divide
 from storage_schemas import store
+from storage_schemas.ahead import ahead
 from storage_schemas.errors import InputError
 from storage_schemas.screen import Screen
 from storage_schemas.tables import CELLS, open_table
@@ -60,9 +63,7 @@ def write_split(config: RunConfig, out: str) -> Split:
 def _cells(screen: Screen, inputs: Inputs) -> pd.DataFrame:
     """Keys of all cells that are cut out."""
     done = screen.done_units("segment")
-    tables = [
-        open_table(screen.cells(key), CELLS, [*CELL, "excluded"]).filter(pc.field("excluded") == KEPT)
-        for key in inputs.wells
-        if key in done
-    ]
+    urls = [screen.cells(key) for key in inputs.wells if key in done]
+    read = ahead(partial(open_table, form=CELLS, columns=[*CELL, "excluded"]), urls)
+    tables = [table.filter(pc.field("excluded") == KEPT) for table in read]
     return pa.concat_tables(tables).to_pandas()[CELL] if tables else pd.DataFrame(columns=CELL)

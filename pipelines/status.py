@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 
 from pipelines import events
 from storage_schemas import store
 from storage_schemas.errors import StoreError
-from storage_schemas.screen import STAGES, Manifest, Screen, Stage, StageRecord
-
-UnitStage = Literal["segment", "embed"]
+from storage_schemas.screen import STAGES, Manifest, Screen, Stage, StageRecord, UnitStage
 
 _OF_IMAGES = ("segment", "train", "embed", "evaluate")
 _OF_UNITS: tuple[UnitStage, ...] = ("segment", "embed")
@@ -156,9 +154,16 @@ def watch(
             events.warning("store_does_not_answer", f"note: asked again, since it does not answer now: {error}")
         else:
             show(seen)
-            if (seen.loc[seen["stage"] == until, "state"] == "done").all():
+            if _is_done(seen, until):
                 return
         sleep(max(every, _RESTS * (time.monotonic() - start)))
+
+
+def _is_done(seen: pd.DataFrame, until: Stage) -> bool:
+    """Whether a stage is done and none before it is at work, as when a screen that was done is run again."""
+    before = seen["stage"].map(STAGES.index) <= STAGES.index(until)
+    state = seen.loc[before, "state"]
+    return bool((state[seen["stage"] == until] == "done").all() and not (state == "begun").any())
 
 
 def changed_rows(before: pd.DataFrame | None, seen: pd.DataFrame) -> Iterator[dict[str, Any]]:

@@ -407,6 +407,8 @@ def _explained(error: BaseException, resources: ResourcesConfig) -> StageError:
     mistake = _mistake(error)
     if mistake is not None:
         return StageError(str(mistake))
+    if isinstance(error, StoreError):
+        return StageError(f"train: {error}; say the same again once it answers")
     if hasattr(error, "controller_failure"):
         return StageError(
             f"train: {resources.train_workers} worker(s) could not be started, after {_STARTS} tries "

@@ -8,24 +8,29 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.annotations import RayDeprecationWarning
 
 from pipelines import events
+from pipelines.cluster import cpus_up
 from pipelines.metrics import StageMetrics
 from pipelines.progress import Advance, progress
 from storage_schemas.errors import InputError, StoreError, is_disk_full
 from storage_schemas.keys import WellKey
-from storage_schemas.screen import Failure, Screen
+from storage_schemas.remote import describe
+from storage_schemas.screen import Failure, Screen, UnitStage
 
 Counts = dict[str, int]
-UnitStage = Literal["segment", "embed"]
 
 # Blocks are what Ray schedules; more than this many cost more than the balance they buy.
 _MAX_BLOCKS = 4096
+# Between two tasks a core waits for the driver, 0.2 s where there are several: a task is given some units, one after
+# the other, where there are so many that cores still have some tasks each and end at about the same time.
+_TOGETHER = 4
+_TASKS_A_CORE = 8
 _PAUSE = 2.0  # seconds before a unit is tried the second time; each time after that twice as long
 _LONGEST_PAUSE = 60.0
 _EXECUTOR = "ray.data._internal.execution.streaming_executor_state"  # where Ray Data logs the tasks that it has lost
@@ -86,12 +91,14 @@ def run_units(screen: Screen, stage: UnitStage, units: Sequence[WellKey], work: 
     """
     done = screen.done_units(stage) - screen.failed_units(stage)
     left = [unit for unit in units if unit not in done]
-    with progress(stage, len(units), "wells") as advance:
-        tally = _Tally(screen, stage, len(units), max_failed_share, advance, StageMetrics(screen.url, stage, len(left)))
+    with progress(stage, len(units), "wells") as advance, StageMetrics(screen.url, stage, len(left)) as metrics:
+        tally = _Tally(screen, stage, len(units), max_failed_share, advance, metrics)
         for _ in range(len(units) - len(left)):
             advance()
         for attempt in range(1, work.attempts + 1):
-            again = _try(screen, stage, left, work, tally)
+            # What is lost takes what it was given with it: of those each gets a task of its own.
+            tasks = len(left) if attempt > 1 or work.attempts == 1 else _tasks(len(left), work)
+            again = _try(screen, stage, left, tasks, work, tally)
             left = list(again)
             if not left:
                 return
@@ -106,6 +113,13 @@ def run_units(screen: Screen, stage: UnitStage, units: Sequence[WellKey], work: 
             message = f"tried {work.attempts} times: {failure.message}"
             screen.write_failures(stage, unit, [Failure(str(unit), failure.kind, message)])
             tally.add(unit, 1.0)
+
+
+def _tasks(n_units: int, work: Work) -> int:
+    """How many tasks to make of the units."""
+    cores = work.actors if isinstance(work.function, type) else cpus_up() / work.num_cpus
+    together = min(_TOGETHER, max(1, int(n_units / (_TASKS_A_CORE * cores))))
+    return -(-n_units // together)
 
 
 @dataclass
@@ -140,13 +154,13 @@ class _Tally:
 
 
 def _try(
-    screen: Screen, stage: UnitStage, units: Sequence[WellKey], work: Work, tally: _Tally
+    screen: Screen, stage: UnitStage, units: Sequence[WellKey], tasks: int, work: Work, tally: _Tally
 ) -> dict[WellKey, Failure]:
-    """Try each unit once; those that are to be tried again, and why."""
+    """Try each unit once, in so many tasks; those that are to be tried again, and why."""
     again: dict[WellKey, Failure] = {}
     open_ = dict.fromkeys(units)
     with _lost_tasks() as lost:
-        for outcome in _outcomes(screen, stage, units, work):
+        for outcome in _outcomes(screen, stage, units, tasks, work):
             unit = WellKey.parse(outcome["unit"])
             del open_[unit]
             if outcome["state"] == "stop":
@@ -160,21 +174,24 @@ def _try(
                 tally.add(unit, outcome["failed_share"], outcome["seconds"])
     # Of these nothing was heard. The worker may have died after its commit, which the listing tells.
     done = screen.done_units(stage) - screen.failed_units(stage) if open_ else set()
+    # Which of them it was that a reason is of, Ray Data does not say.
+    reasons = " or ".join(dict.fromkeys(lost)) or "no reason is known"
     for unit in open_:
         if unit in done:
             tally.add(unit, 0.0)
         else:
-            reason = lost[-1] if lost else "no reason is known"
-            message = f"its worker was lost ({reason}); if memory has run out, {_SAVES_MEMORY[stage]}"
+            message = f"its worker was lost ({reasons}); if memory has run out, {_SAVES_MEMORY[stage]}"
             again[unit] = Failure(str(unit), LOST, message)
     return again
 
 
-def _outcomes(screen: Screen, stage: UnitStage, units: Sequence[WellKey], work: Work) -> Iterator[Mapping[str, Any]]:
+def _outcomes(
+    screen: Screen, stage: UnitStage, units: Sequence[WellKey], tasks: int, work: Work
+) -> Iterator[Mapping[str, Any]]:
     if not units:
         return
     rows = [{"unit": str(unit)} for unit in units]
-    dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), _MAX_BLOCKS))
+    dataset = ray.data.from_items(rows, override_num_blocks=min(tasks, _MAX_BLOCKS))
     resources: dict[str, Any] = {
         "num_cpus": work.num_cpus,
         "num_gpus": work.num_gpus,
@@ -208,7 +225,7 @@ def _lost_tasks() -> Iterator[list[str]]:
         if error is None:
             return True
         cause = error.cause if isinstance(error, RayTaskError) else error
-        reasons.append(f"{type(cause).__name__}: {str(cause).strip().splitlines()[0] if str(cause).strip() else ''}")
+        reasons.append(describe(cause))
         return False
 
     log = logging.getLogger(_EXECUTOR)
@@ -255,7 +272,7 @@ class _Attempt:
 
     def _ends_all(self, error: Exception) -> bool:
         """Whether no other unit could be written either."""
-        ours = isinstance(error, StoreError) and error.lasting and error.path.startswith(self.screen.url)
+        ours = isinstance(error, StoreError) and error.lasting and error.path.startswith(f"{self.screen.url}/")
         return ours or is_disk_full(error)
 
 

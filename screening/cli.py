@@ -734,6 +734,7 @@ def status(
     With --watch also wells a minute, of the last five minutes, and the time left at that rate. Where it is not shown on
     a terminal it is a line for each change: words, or an object (json) or a row (csv).
     """
+    from pipelines.events import visible
     from pipelines.status import stage_table
     from storage_schemas.screen import STAGES, Screen
 
@@ -745,13 +746,15 @@ def status(
     if output is Format.table:
         for stage in STAGES:
             for failure in opened.failures(stage):
-                typer.echo(f"failed in {stage}: {failure.unit}: {failure.kind}: {failure.message}")
+                typer.echo(visible(f"failed in {stage}: {failure.unit}: {failure.kind}: {failure.message}"))
 
 
 def _watch(screen: Screen, until: Stage, every: float, output: Format) -> None:
     from rich.live import Live
 
     from pipelines import status as pipeline
+    from pipelines.events import visible
+    from screening.spreadsheet import tamed
 
     if output is Format.table and sys.stdout.isatty():
         with Live(auto_refresh=False) as live:
@@ -767,9 +770,9 @@ def _watch(screen: Screen, until: Stage, every: float, output: Format) -> None:
             if output is Format.json:
                 typer.echo(json.dumps(row, ensure_ascii=False))
             elif output is Format.csv:
-                csv.writer(sys.stdout, lineterminator="\n").writerow(row.values())
+                csv.writer(sys.stdout, lineterminator="\n").writerow(map(tamed, row.values()))
             else:
-                typer.echo(pipeline.sentence(row))
+                typer.echo(visible(pipeline.sentence(row)))
         sys.stdout.flush()
         before = seen
 
@@ -1010,9 +1013,10 @@ def _grid(table: pd.DataFrame) -> Table:
 def _cell(value: object) -> str:
     import pandas as pd
 
+    from pipelines.events import visible
+
     if value is None or value is pd.NA or value != value:
         return "–"
     if not isinstance(value, float):
-        # A name from a table may hold what moves a terminal's cursor or changes its settings.
-        return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(value))
+        return visible(str(value))
     return f"{value:.0e}" if 0 < abs(value) < 0.0005 else f"{value:.3f}"

@@ -15,8 +15,9 @@ def as_csv(table: pd.DataFrame) -> str:
     Numbers stay as they are, negative ones too.
     """
     texts = table.select_dtypes(exclude=["number", "bool"]).columns
-    return table.assign(**{name: table[name].map(_text) for name in texts}).rename(columns=_text).to_csv(index=False)
+    return table.assign(**{name: table[name].map(tamed) for name in texts}).rename(columns=tamed).to_csv(index=False)
 
 
-def _text(value: object) -> object:
+def tamed(value: object) -> object:
+    """A value; with an apostrophe before it if it is a text that a spreadsheet would run."""
     return f"'{value}" if isinstance(value, str) and _FORMULA.match(value) else value

@@ -40,5 +40,5 @@ def ahead(function: Callable[[Argument], Result], arguments: Iterable[Argument],
 
 @cache
 def _threads() -> ThreadPoolExecutor:
-    """One pool a process: a new thread makes a new client of an object store, which takes longer than a request."""
+    """One pool a process, so that many short calls do not start threads each."""
     return ThreadPoolExecutor(_THREADS, thread_name_prefix="ahead")

@@ -16,7 +16,7 @@ from zarr.storage import FsspecStore, LocalStore, MemoryStore
 
 from storage_schemas import codecs, store
 from storage_schemas.errors import InputError, SchemaError, StoreError
-from storage_schemas.remote import passes_on_disk
+from storage_schemas.remote import describe, passes_on_disk
 
 T = TypeVar("T")
 
@@ -47,7 +47,7 @@ def open_group(url: str) -> zarr.Group:
     except Exception as error:  # zarr and its codecs have errors of their own
         _raise_refusal(url, error)
         raise SchemaError(
-            url, f"is not a readable Zarr group ({_first_line(error)}); expected OME-Zarr v0.4 or v0.5"
+            url, f"is not a readable Zarr group ({describe(error)}); expected OME-Zarr v0.4 or v0.5"
         ) from error
 
 
@@ -64,7 +64,7 @@ def open_array(url: str) -> zarr.Array[Any]:
         raise
     except Exception as error:
         _raise_refusal(url, error)
-        raise SchemaError(url, f"is not a readable Zarr array ({_first_line(error)})") from error
+        raise SchemaError(url, f"is not a readable Zarr array ({describe(error)})") from error
 
 
 def existing(url: str, form: Mapping[str, Any]) -> zarr.Array[Any] | None:
@@ -100,7 +100,7 @@ def read(url: str, array: zarr.Array[Any], selection: Any) -> NDArray[Any]:
         _raise_refusal(url, error)
         raise SchemaError(
             url,
-            f"cannot be read: a chunk is truncated or corrupt ({_first_line(error)}); write it again from its source",
+            f"cannot be read: a chunk is truncated or corrupt ({describe(error)}); write it again from its source",
         ) from error
 
 
@@ -154,9 +154,5 @@ def _raise_refusal(url: str, error: Exception) -> None:
         raise error
     if isinstance(error, OSError) and (isinstance(error, PermissionError) or passes_on_disk(error)):
         raise StoreError(
-            url, f"cannot be read ({_first_line(error)})", lasting=isinstance(error, PermissionError)
+            url, f"cannot be read ({describe(error)})", lasting=isinstance(error, PermissionError)
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

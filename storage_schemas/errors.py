@@ -49,6 +49,8 @@ class StoreError(InputError):
         return partial(type(self), lasting=self.lasting), (self.path, self.problem)
 
 
-def is_disk_full(error: BaseException) -> bool:
-    """Whether a disk, or what a user may have of it, is used up."""
-    return isinstance(error, OSError) and error.errno in DISK_FULL
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether a disk, or what a user may have of it, is used up; an error may say so by what it was raised from."""
+    if error is None:
+        return False
+    return (isinstance(error, OSError) and error.errno in DISK_FULL) or is_disk_full(error.__cause__)

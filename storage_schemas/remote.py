@@ -98,8 +98,8 @@ _OURS = (TypeError, ValueError, LookupError, AttributeError, AssertionError)
 
 _HOW_TO_GET_IN = (
     "credentials are looked for as AWS's tools do (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, a role of "
-    "the machine) and must allow to list, get, put and delete there; for other stores than AWS, AWS_ENDPOINT_URL says "
-    "where they are"
+    "the machine) and must allow to list, get, put and delete there; the clock must be right; for other stores than "
+    "AWS, AWS_ENDPOINT_URL says where they are"
 )
 
 
@@ -298,7 +298,7 @@ class _Reader(AbstractBufferedFile):  # type: ignore[misc]
     def _fetch_range(self, start: int, end: int) -> bytes:
         data: bytes = self.fs.cat_file(self.path, start=start, end=end, version=self.details.get("ETag"))
         if len(data) != end - start:
-            raise StoreError(self.path, f"the store gave {len(data)} bytes of {end - start} that it has")
+            raise StoreError(self.fs._url(self.path), f"the store gave {len(data)} bytes of {end - start} that it has")
         return data
 
 
@@ -406,13 +406,14 @@ def _status(error: BaseException) -> int | None:
 
 def describe(error: BaseException) -> str:
     """An error in a line."""
-    lines = str(error).splitlines()
+    lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 _PASSWORD = re.compile(r"(?<=://)[^/@\s]*:[^/@\s]*@")
 _TOKEN = re.compile(
-    r"(?i)([?&;](?:[\w-]*(?:token|signature|secret|password|credential)|sig|key|accesskey\w*|awsaccesskeyid)=)[^&\s\"']+"
+    r"(?i)([?&;](?:[\w-]*(?:token|signature|secret|password|credential|accesskey\w*)|(?:[\w-]*[_-])?(?:key|sig))=)"
+    r"[^&\s\"'\\]+"
 )
 
 
@@ -423,7 +424,7 @@ def has_secrets(url: str) -> bool:
 
 def without_secrets(text: str) -> str:
     """A text without what URLs in it hold of passwords and tokens."""
-    return _TOKEN.sub(r"\1…", _PASSWORD.sub("…@", text))
+    return _TOKEN.sub(r"\1***", _PASSWORD.sub("***@", text))
 
 
 def _family(kind: type[Any]) -> str:

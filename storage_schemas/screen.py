@@ -29,6 +29,7 @@ PROFILES_IMPORT = "profiles_import"  # the key of a manifest's configuration tha
 _PLACE = re.compile(r"(?!.*::)(?:/|(?:file|memory|s3|s3a|gs|gcs|az|abfs|abfss)://).*")
 
 Stage = Literal["segment", "train", "embed", "index", "statistics", "evaluate", "report"]
+UnitStage = Literal["segment", "embed"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 _TABLES = {"segment": "cells", "embed": "embeddings"}  # folders of the tables that commit units
 
@@ -308,17 +309,18 @@ class Screen:
 
     # --- units of work -----------------------------------------------------------------------
 
-    def done_units(self, stage: Literal["segment", "embed"]) -> set[WellKey]:
+    def done_units(self, stage: UnitStage) -> set[WellKey]:
         """Wells whose table is there."""
         return set(self._owner(stage)._listed(_TABLES[stage], ".parquet"))
 
-    def commit_times(self, stage: Literal["segment", "embed"]) -> dict[WellKey, float]:
+    def commit_times(self, stage: UnitStage) -> dict[WellKey, float]:
         """Wells whose table is there -> when it was written, in seconds since the epoch by the store's clock."""
         found = {}
-        for path, written in store.list_times(self._owner(stage)._path(_TABLES[stage])).items():
+        owner, folder = self._owner(stage), _TABLES[stage]
+        for path, written in store.list_times(owner._path(folder)).items():
             plate, _, name = path.rpartition("/")
             if name.endswith(".parquet"):
-                found[WellKey(plate, name.removesuffix(".parquet"))] = written
+                found[owner._listed_key(folder, plate, name, ".parquet")] = written
         return found
 
     def outputs(self, stage: Stage, mapped: Mapped = ahead) -> list[str]:
@@ -392,13 +394,15 @@ class Screen:
         listings = ahead(store.list_names, [self._path(folder, plate) for plate in plates])
         for plate, names in zip(plates, listings, strict=True):
             for name in names:
-                if not name.endswith(suffix):
-                    continue
-                try:
-                    yield WellKey(plate, name.removesuffix(suffix))
-                except InputError as error:
-                    where = self._path(folder, plate, name)
-                    raise SchemaError(where, f"is not of this screen, remove it: {error}") from error
+                if name.endswith(suffix):
+                    yield self._listed_key(folder, plate, name, suffix)
+
+    def _listed_key(self, folder: str, plate: str, name: str, suffix: str) -> WellKey:
+        try:
+            return WellKey(plate, name.removesuffix(suffix))
+        except InputError as error:
+            where = self._path(folder, plate, name)
+            raise SchemaError(where, f"is not of this screen, remove it: {error}") from error
 
 
 def _digest(url: str) -> str:

@@ -12,10 +12,11 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import psutil
 
+T = TypeVar("T")
 Victim = Literal["driver", "group", "tree"]
 
 # Ray's own helpers on a node: they hold no work, and wait a minute for the dead before they go.
@@ -138,6 +139,15 @@ def times(folder: Path, *parts: str) -> dict[str, int]:
 
 def _files(path: Path) -> list[Path]:
     return [path] if path.is_file() else [inner for inner in path.rglob("*") if inner.is_file()]
+
+
+def eventually(look: Callable[[], T], wanted: Callable[[T], bool] = bool, timeout: float = 300) -> T:
+    """What is seen once it is as wanted."""
+    end = time.monotonic() + timeout
+    while not wanted(seen := look()):
+        assert time.monotonic() < end, f"not within {timeout:.0f} s: {seen}"
+        time.sleep(0.1)
+    return seen
 
 
 def _is_agent(process: psutil.Process) -> bool:

@@ -35,7 +35,10 @@ KEY, SECRET, REGION = "test-key", "test-secret", "us-east-1"
 ANSWERED = {
     "slow_down": (503, "SlowDown"),
     "error": (500, "InternalError"),
+    "timeout": (408, "RequestTimeout"),
+    "many": (429, "TooManyRequests"),
     "denied": (403, "AccessDenied"),
+    "skewed": (403, "RequestTimeTooSkewed"),
     "unknown": (501, "NotImplemented"),
 }
 FAULTS = ("slow_down", "error", "reset", "lost", "truncated", "delay")

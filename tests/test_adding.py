@@ -28,7 +28,7 @@ from screening.similarity import CompressedIndex, to_unit
 from storage_schemas.checkpoint import CheckpointManifest, write_checkpoint
 from storage_schemas.errors import InputError, SchemaError
 from storage_schemas.index import LEVELS, read_manifest
-from storage_schemas.screen import Screen
+from storage_schemas.screen import Screen, StageRecord
 from storage_schemas.tables import PLATE_MAP, open_table
 
 MODEL = ModelConfig(depth=10, width=4, stem_frames=1)
@@ -203,6 +203,29 @@ def test_plates_are_embedded_as_those_of_the_screen_were(
     with pytest.raises(StageError, match=r"1 of 16 wells failed.* max_failed_share=0.01 allows"):
         add(screen.url, other.url)
     assert seen[1:] == seen[:1]
+
+
+@pytest.mark.parametrize("kept", ["all", "none"])
+def test_wells_that_are_not_embedded_are_embedded_or_named(
+    folders: tuple[Path, Path], tmp_path: Path, local_ray: None, kept: str
+) -> None:
+    """The other screen was embedded by the same network, and one of its wells could not be."""
+    screen, other = Screen(str(tmp_path / "screen")), Screen(str(tmp_path / "other"))
+    shutil.copytree(folders[0], screen.url)
+    shutil.copytree(folders[1], other.url)
+    shutil.copytree(Path(screen.checkpoint), other.checkpoint)
+    *rest, _ = sorted(other.done_units("segment"))
+    embed = embedder_of(other, other.checkpoint)
+    for well in rest:
+        embed(well)
+    record = StageRecord(fingerprint="embedded", done=True, counts={"wells": 16})
+    config = {"segment": {"clips": {"store": kept}}}
+    manifest = other.read_manifest()
+    stages = {**manifest.stages, "embed": record}
+    other.write_manifest(manifest.model_copy(update={"config": config, "stages": stages}))
+    counts, notes = add(screen.url, other.url)
+    assert counts["wells"] == (32 if kept == "all" else 31)
+    assert any("1 well(s) of" in note and "not embedded" in note for note in notes) == (kept == "none")
 
 
 def test_clips_are_looked_up(folders: tuple[Path, Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -79,6 +80,29 @@ def record_a_failure(screen: Path) -> str:
     return "failure recorded: failures/segment/plate-1/B02.json"
 
 
+def change_a_count(screen: Path) -> str:
+    manifest = json.loads((screen / "manifest.json").read_text())
+    counts = manifest["stages"]["embed"]["counts"]
+    manifest["stages"]["embed"]["counts"] = counts | {"cells": counts["cells"] + 1}
+    (screen / "manifest.json").write_text(json.dumps(manifest))
+    changed = manifest["stages"]["embed"]["counts"]
+    return f"manifest: counts of embed: {changed}, not {counts}"
+
+
+def add_a_calibration(screen: Path) -> str:
+    shutil.copy(screen / "calibration/plate-1.npz", screen / "calibration/plate-9.npz")
+    return "too much: calibration/plate-9.npz"
+
+
+def change_the_index(screen: Path) -> str:
+    vectors = max(
+        (path for path in screen.glob("index/*/**/*") if path.is_file()), key=lambda path: path.stat().st_size
+    )
+    content = vectors.read_bytes()
+    vectors.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    return "differs: index"
+
+
 HARM = (
     lose_a_unit,
     double_a_unit,
@@ -87,6 +111,9 @@ HARM = (
     change_a_profile,
     leave_a_part,
     record_a_failure,
+    change_a_count,
+    add_a_calibration,
+    change_the_index,
 )
 
 

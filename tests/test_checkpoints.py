@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 import re
 from pathlib import Path
@@ -41,3 +42,20 @@ def test_checkpoints_come_and_go_though_the_store_fails(tmp_path: Path, monkeypa
 
 def test_on_a_disk_ray_train_is_left_alone(tmp_path: Path) -> None:
     assert storage(str(tmp_path)) == {"storage_path": str(tmp_path)}
+
+
+def test_what_is_not_closed_is_not_put(monkeypatch: pytest.MonkeyPatch) -> None:
+    with S3Server() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        told = storage(server.url("screen"))
+        files: pyarrow.fs.FileSystem = told["storage_filesystem"]
+        whole = files.open_output_stream(told["storage_path"] + "/whole")
+        whole.write(b"all")
+        whole.close()
+        part = files.open_output_stream(told["storage_path"] + "/part")
+        part.write(b"a part")
+        del part
+        gc.collect()
+        found = files.get_file_info(pyarrow.fs.FileSelector(told["storage_path"]))
+        assert [Path(info.path).name for info in found] == ["whole"]

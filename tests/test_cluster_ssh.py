@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import shlex
 import shutil
-import time
 import venv
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
 from machines import BIN, ROOT, Machine, machines
+from runs import eventually
 
 pytestmark = pytest.mark.slow
 
@@ -109,13 +109,6 @@ def prepare_environment(machine: Machine) -> None:
         path.chmod(0o755)
 
 
-def eventually(reached: Callable[[], bool], timeout: float = 120) -> None:
-    end = time.monotonic() + timeout
-    while not reached():
-        assert time.monotonic() < end, "not within the time"
-        time.sleep(1)
-
-
 @pytest.fixture(scope="module")
 def up(site: Site) -> Site:
     """The cluster, up."""
@@ -179,4 +172,4 @@ def test_ray_down_ends_it_on_all_machines(up: Site) -> None:
     up.ray("down")
     assert not up.head.processes("gcs_server")
     # Workers are not told; they go when they have not heard of the head for a while.
-    eventually(lambda: not any(worker.processes("raylet/raylet") for worker in up.workers), 180)
+    eventually(lambda: not any(worker.processes("raylet/raylet") for worker in up.workers), timeout=180)

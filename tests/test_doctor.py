@@ -182,6 +182,32 @@ def test_temporary_folder_whose_sockets_would_have_too_long_names_is_wrong(
     assert "shorter" in next(doctor._disks()).mend
 
 
+def test_temporary_folder_that_ray_would_make_is_judged_by_its_parent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "r"))
+    (disk, *_) = doctor._disks()
+    assert disk.found.startswith(f"{tmp_path}/r: ")
+
+
+def test_what_cannot_be_looked_at_hides_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    def _auth() -> Any:
+        raise PermissionError(13, "Permission denied", "auth_token")
+
+    monkeypatch.setattr(doctor, "_auth", _auth)
+    table = examine()
+    assert table.loc[table["check"] == "auth", "state"].tolist() == ["wrong"]
+    assert {"packages", "memory", "Ray"} <= set(table["check"])
+
+
+def test_a_token_in_the_environment_comes_before_the_file(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (home / ".ray").mkdir()
+    (home / ".ray" / "auth_token").touch()
+    assert found("authentication")["state"] == "wrong"
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "given")
+    assert found("authentication")["state"] == "ok"
+
+
 @pytest.mark.parametrize(
     ("built", "capability", "runs"),
     [

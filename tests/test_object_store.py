@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -60,13 +61,14 @@ def server(running_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterato
     running_server.forget()
     yield running_server
     running_server.fail(0)
+    running_server.cut(0)
     remote._remote.cache_clear()
 
 
 @pytest.fixture
-def root(server: S3Server) -> str:
-    """A new prefix."""
-    return server.url(uuid.uuid4().hex)
+def root(server: S3Server, request: pytest.FixtureRequest) -> str:
+    """A prefix of the test's own; which requests fail goes by their names."""
+    return server.url(re.sub(r"\W", "-", request.node.name))
 
 
 def client_of(server: S3Server) -> Any:
@@ -114,8 +116,10 @@ def test_the_server_fails_as_it_is_told(server: S3Server) -> None:
     counts = server.counts()
     assert (counts["get 200"], counts["get 503"]) == (seen_twice[1].count("ok"), seen_twice[1].count("SlowDown"))
     server.fail(0)
-    server.cut(0.4)
+    server.cut(60)
     assert outcome() == "ConnectionClosedError"
+    server.cut(0)
+    assert outcome() == "ok"
 
 
 # --- whole or not at all ---------------------------------------------------------------------
@@ -391,18 +395,53 @@ def test_a_store_that_goes_on_failing_is_no_fault_of_the_data(
         read_clips(clips, slice(0, 20))
 
 
+@pytest.mark.parametrize("fault", ["delay", "timeout", "many"])
+def test_a_store_that_never_answers_or_is_asked_too_often_is_given_up_for_now(
+    server: S3Server, root: str, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    monkeypatch.setattr(remote, "PATIENCE", 0.5)
+    monkeypatch.setitem(remote._OPTIONS["s3"]["config_kwargs"], "read_timeout", 0.2)
+    server.fail(1, (fault,), delay=5)
+    for ask in (lambda: store.read_bytes(root + "/x"), lambda: store.write_bytes(root + "/x", b"")):
+        with pytest.raises(StoreError, match="does not answer as it should") as caught:
+            ask()
+        assert not caught.value.lasting
+
+
+def test_no_room_to_put_an_object_together_is_said(
+    server: S3Server, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(io.BytesIO):
+        name = "/tmp/part"
+
+        def write(self, data: object) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tempfile.NamedTemporaryFile", lambda *_, **__: Full())
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda *_, **__: Full())
+    with pytest.raises(StoreError, match="the disk is full") as caught, store.open_new(root + "/x") as file:
+        file.write(b"data")
+    assert caught.value.lasting
+    assert not store.exists(root + "/x")
+
+
 # --- faults that last ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("said", "problem"),
-    [("denied", "refuses access.*AWS_ACCESS_KEY_ID"), ("bucket", "no such bucket"), ("credentials", "no credentials")],
+    [
+        ("denied", "refuses access.*AWS_ACCESS_KEY_ID"),
+        ("skewed", "clock of this machine is wrong|the clock must be right"),  # of HEAD S3 tells no more
+        ("bucket", "no such bucket"),
+        ("credentials", "no credentials"),
+    ],
 )
 def test_what_lasts_is_said_at_once(
     server: S3Server, root: str, monkeypatch: pytest.MonkeyPatch, said: str, problem: str
 ) -> None:
-    if said == "denied":
-        server.fail(1, ("denied",))
+    if said in ("denied", "skewed"):
+        server.fail(1, (said,))
     if said == "bucket":
         root = "s3://no-such-bucket/x"
     if said == "credentials":

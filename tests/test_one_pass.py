@@ -91,8 +91,10 @@ def test_what_follows_is_made_as_ever(one_pass: Path, finished_screen: Path, sub
 
 @pytest.mark.slow
 def test_wells_that_lack_one_of_both_are_done_again_and_no_others(
-    one_pass: Path, small_screen: Path, settings: list[str], subprocess_command: Command
+    one_pass: Path, small_screen: Path, settings: list[str], tmp_path: Path, subprocess_command: Command
 ) -> None:
+    shutil.copytree(one_pass, tmp_path / "screen")
+    one_pass = tmp_path / "screen"
     screen = Screen(str(one_pass))
     first, second = wells_of(one_pass)[:2]
     before = times(one_pass, "embeddings", "cells")

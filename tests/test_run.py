@@ -474,8 +474,15 @@ def test_movies_too_short_for_the_clips(
 
 
 def test_several_screens_run_one_after_the_other_and_none_stops_another(
-    small_screen: Path, small_settings: list[str], tmp_path: Path, command: Command
+    small_screen: Path,
+    small_settings: list[str],
+    tmp_path: Path,
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def refused(*_: object, **__: object) -> int:
+        raise PermissionError(13, "Permission denied", "plates")
+
     text = (small_screen / "run.yaml").read_text().replace("plates/", f"{small_screen}/plates/")
     for table in ("plate_map.csv", "compounds.csv"):
         text = text.replace(table, f"{small_screen}/{table}")
@@ -493,6 +500,11 @@ def test_several_screens_run_one_after_the_other_and_none_stops_another(
         done_units = Screen(f"{tmp_path}/screens/{name}").done_units("segment")
         assert {well.plate for well in done_units} == {plate}
         assert len(done_units) == 8
+    monkeypatch.setattr("pipelines.run.run", refused)
+    done = command("run", *asked[:2], "--out", tmp_path / "screens")
+    assert done.code == 1
+    assert done.err.count("Permission denied") == 2
+    monkeypatch.undo()
     same = command("run", asked[0], asked[0], "--out", tmp_path / "screens")
     assert same.code == 2
     assert "two have the same name" in same.err

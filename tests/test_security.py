@@ -616,6 +616,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
 def test_what_is_too_large_is_an_error_before_it_is_read(case: Case, outcomes: dict[str, dict[str, Any]]) -> None:
     outcome = outcomes[case.name]
     assert "InputError" in outcome["said"]
+    assert "MemoryError" not in outcome["said"], "it was tried"
     assert re.search(case.said, outcome["said"])
     assert outcome["seconds"] < 20
     first = outcomes[CASES[0].name]["peak"]
@@ -672,6 +673,12 @@ def test_wherever_ray_is_started_it_asks_for_a_token_and_its_dashboard_listens_t
                 assert ("--head" in line) == ("--dashboard-host=127.0.0.1" in line), f"{file.name}: {line}"
         assert not re.search(r"RAY_AUTH_MODE[=: ]+\"?disabled", text), file.name
     assert started >= 6
+    # On Kubernetes the operator and the namespace, and by a network policy nobody else, must reach the dashboard.
+    for file in files:
+        text = file.read_text(encoding="utf-8")
+        if "dashboard-host: " in text:
+            assert "authOptions: {mode: token}" in text, file.name
+            assert "kind: NetworkPolicy" in text, file.name
 
 
 # --- the audit of dependencies -------------------------------------------------------------------

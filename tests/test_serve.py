@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from indexed_screens import DIMENSION, write_screen
 from made_up_clips import write_clips_of
 from PIL import Image
 from playwright.sync_api import Browser, expect
+from runs import eventually
 
 from pipelines.query import Searcher
 from pipelines.serve import MAX_QUESTION, Desk, Gate, Server, open_server
@@ -291,7 +292,7 @@ def test_one_file_is_taken_at_a_time(desk: Desk, local: Server, monkeypatch: pyt
     content = as_npy(np.ones((1, DIMENSION), np.float32))
     path = "/ask-file?question=%7B%22by%22%3A%22file%22%7D"
     first = start_upload(local, content[:-1], len(content))
-    wait_until(desk.uploads.locked)
+    eventually(desk.uploads.locked)
     busy = send(local, "POST", path, content)
     assert (busy.status, busy.headers["Retry-After"]) == (503, "1")
     assert "again in some seconds" in busy.json["error"]
@@ -307,14 +308,14 @@ def test_connections_are_bounded_in_number(desk: Desk, monkeypatch: pytest.Monke
     gate = Gate(frozenset({"127.0.0.1"}), any_address=False, token=None)
     with running(desk, gate) as server, ExitStack() as held:
         silent = [held.enter_context(socket.create_connection(server.server_address[:2])) for _ in range(3)]
-        wait_until(lambda: len(server._connections) == 3)
+        eventually(lambda: len(server._connections) == 3)
         answer = send(server, "HEAD", "/")
         assert answer.status == 503
         assert answer.headers["Retry-After"] == "5"
         silent[0].close()
-        wait_until(lambda: len(server._connections) == 2)
+        eventually(lambda: len(server._connections) == 2)
         assert send(server, "HEAD", "/").status == 200
-        wait_until(lambda: len(server._connections) == 2)
+        eventually(lambda: len(server._connections) == 2)
 
 
 def test_a_request_that_comes_too_slowly_is_cut_off(
@@ -331,7 +332,7 @@ def test_a_request_that_comes_too_slowly_is_cut_off(
                 time.sleep(0.02)
         assert sent < 1000
         assert time.monotonic() - started < 15
-        wait_until(lambda: not server._connections)
+        eventually(lambda: not server._connections)
         assert send(server, "HEAD", "/").status == 200
     assert "Traceback" not in capsys.readouterr().err
 
@@ -339,19 +340,12 @@ def test_a_request_that_comes_too_slowly_is_cut_off(
 def test_a_file_that_comes_too_slowly_makes_room(desk: Desk, local: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipelines.serve.UPLOAD_TIMEOUT", 0.1)
     slow = start_upload(local, b"x", 100)
-    wait_until(desk.uploads.locked)
+    eventually(desk.uploads.locked)
     time.sleep(0.2)
     slow.send(b"x")
     with pytest.raises(http.client.RemoteDisconnected):
         slow.getresponse()
-    wait_until(lambda: not desk.uploads.locked())
-
-
-def wait_until(true: Callable[[], bool]) -> None:
-    until = time.monotonic() + 20
-    while not true():
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    eventually(lambda: not desk.uploads.locked())
 
 
 @pytest.mark.parametrize(

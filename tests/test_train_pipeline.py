@@ -343,6 +343,11 @@ def test_a_store_that_does_not_answer_is_no_mistake() -> None:
         ending.after_exception(None, {0: StoreError("s3://bucket/clips", "access denied", lasting=True)})
 
 
+def test_a_store_that_is_away_is_not_told_as_lost_workers() -> None:
+    told = train._explained(StoreError("s3://bucket/runs", "the store does not answer"), ResourcesConfig())
+    assert str(told) == "train: s3://bucket/runs: the store does not answer; say the same again once it answers"
+
+
 class Controlled:
     """A training whose controller is lost at first."""
 

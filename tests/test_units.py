@@ -6,8 +6,10 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -221,6 +223,28 @@ def test_lasting_trouble_is_recorded_and_costs_one_unit(
         run_units(screen, "segment", WELLS, Work(make_trouble(screen, log, trouble, 99), attempts=1), 0)
 
 
+@pytest.mark.parametrize(("at_once", "expected"), [(0.01, 4), (1, 1)])
+def test_units_that_share_a_task_with_a_bad_one_are_done(
+    screen: Screen, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch, at_once: float, expected: int
+) -> None:
+    monkeypatch.setattr("pipelines.units._TASKS_A_CORE", at_once)
+    log = tmp_path / "log"
+    run_units(screen, "segment", WELLS, Work(make_trouble(screen, log, "worker", 99), attempts=2), 0.5)
+    assert screen.done_units("segment") == set(WELLS) - {BAD}
+    tried = attempts(log)
+    assert tried.count(str(BAD)) == 2
+    assert len(tried) <= len(WELLS) + expected
+    with pytest.raises(StageError, match="1 of 6 wells failed"):
+        run_units(screen, "segment", WELLS, Work(make_trouble(screen, log, "worker", 99), attempts=1), 0)
+
+
+def test_each_pause_is_twice_as_long(screen: Screen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr("pipelines.units.time", SimpleNamespace(sleep=pauses.append, monotonic=time.monotonic))
+    run_units(screen, "segment", WELLS, Work(make_trouble(screen, tmp_path / "log", "store", 99), attempts=4), 1)
+    assert pauses == [2.0, 4.0, 8.0]
+
+
 def test_worker_lost_after_the_commit_has_done_its_unit(screen: Screen, tmp_path: Path, quick: None) -> None:
     log = tmp_path / "log"
     commit = make_stage(screen, log, set())
@@ -281,22 +305,28 @@ def test_lost_actor_is_made_anew(screen: Screen, tmp_path: Path, quick: None) ->
     assert screen.failures("segment") == []
 
 
-@pytest.mark.parametrize("full", [True, False])
-def test_where_nothing_can_be_written_the_stage_stops_at_once(screen: Screen, full: bool) -> None:
+@pytest.mark.parametrize("what", ["full", "full plates", "denied"])
+def test_where_nothing_can_be_written_the_stage_stops_at_once(screen: Screen, what: str) -> None:
     def stage(well: WellKey) -> float:
-        url = screen.cells(well)
-        raise OSError(errno.ENOSPC, "No space left", url) if full else StoreError(url, "access denied", lasting=True)
+        if what == "denied":
+            raise StoreError(screen.cells(well), "access denied", lasting=True)
+        full = OSError(errno.ENOSPC, "No space left", screen.cells(well))
+        if what == "full":
+            raise full
+        raise StoreError(f"plates/cells/p1/{well.well}", "the disk is full", lasting=True) from full  # its labels
 
     with pytest.raises(StageError, match=r"nothing can be written any more: .*cells/p1/"):
         run_units(screen, "segment", WELLS, Work(stage), 1)
     assert screen.failures("segment") == []
 
 
-def test_source_that_stays_away_is_a_failure_of_its_units(screen: Screen, tmp_path: Path) -> None:
+@pytest.mark.parametrize("elsewhere", ["elsewhere/p1.zarr", "{screen}_plates/p1.zarr"])
+def test_source_that_stays_away_is_a_failure_of_its_units(screen: Screen, elsewhere: str) -> None:
     """Access to one plate may be denied, and others go on."""
+    url = elsewhere.format(screen=screen.url)
 
     def stage(well: WellKey) -> float:
-        raise StoreError("elsewhere/p1.zarr", "access denied", lasting=True)
+        raise StoreError(url, "access denied", lasting=True)
 
     run_units(screen, "segment", WELLS[:1], Work(stage), 1)
-    assert [failure.message for failure in screen.failures("segment")] == ["elsewhere/p1.zarr: access denied"]
+    assert [failure.message for failure in screen.failures("segment")] == [f"{url}: access denied"]
