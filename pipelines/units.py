@@ -174,6 +174,7 @@ def _try(
                 tally.add(unit, outcome["failed_share"], outcome["seconds"])
     # Of these nothing was heard. The worker may have died after its commit, which the listing tells.
     done = screen.done_units(stage) - screen.failed_units(stage) if open_ else set()
+    screen.remove_partial({unit.plate for unit in open_})
     # Which of them it was that a reason is of, Ray Data does not say.
     reasons = " or ".join(dict.fromkeys(lost)) or "no reason is known"
     for unit in open_:

@@ -346,6 +346,13 @@ class Screen:
         """Remove a plate's tables of cells, so that `segment` does its wells again."""
         store.remove(self._path("cells", check_name(plate, "plate")))
 
+    def remove_partial(self, plates: Iterable[str]) -> None:
+        """Remove what workers that died have left of their wells' tables; none may be at work on these plates."""
+        parts = (*_TABLES.values(), "quality", *(f"failures/{stage}" for stage in _TABLES))
+        for plate in plates:
+            for part in parts:
+                store.remove_partial(self._path(part, plate))
+
     def remove_unit(self, well: WellKey) -> None:
         """Remove what `segment` has written of a well, the table that commits it first, and its embeddings."""
         for url in (self.cells(well), self.embeddings(well), self.quality(well), self.clips(well)):

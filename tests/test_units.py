@@ -180,7 +180,9 @@ def make_trouble(screen: Screen, log: Path, trouble: str, times: int) -> Callabl
         if well == BAD and log.read_text().split().count(str(BAD)) <= times:
             if trouble == "store":
                 raise StoreError(f"{well}.zarr", "does not answer")
-            os.kill(os.getpid(), signal.SIGKILL)
+            with store.open_new(screen.cells(well)) as file:
+                file.write(b"ce")
+                os.kill(os.getpid(), signal.SIGKILL)
         screen.write_failures("segment", well, [])
         store.write_bytes(screen.cells(well), b"cells")
         return 0.0
@@ -203,6 +205,7 @@ def test_passing_trouble_costs_an_attempt(
 ) -> None:
     log = tmp_path / "log"
     run_units(screen, "segment", WELLS, Work(make_trouble(screen, log, trouble, 2), attempts=3), 0)
+    assert not list(tmp_path.rglob("*.partial"))
     assert attempts(log) == sorted([*map(str, WELLS), str(BAD), str(BAD)])
     assert screen.done_units("segment") == set(WELLS)
     assert screen.failures("segment") == []
