@@ -149,7 +149,7 @@ def plan(a: Assumptions) -> list[tuple[str, float, str]]:
         ("embedding", embed_cpu, "CPU hours"),
         ("embedding", embed_gpu, "GPU hours"),
         (f"both on {a.cores:,} cores, one after the other", wall, "hours"),
-        ("units a second that the driver hands out", 2 * wells / wall / 3600, ""),
+        ("units a second that the driver must hand out", 2 * wells / wall / 3600, ""),
         ("requests, one an object", requests / 1e6, "million"),
         *((f"cost: {name}", amount, "") for name, amount in cost.items()),
         ("cost", sum(cost.values()), ""),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ class ClipEmbedder:
     """
 
     def __init__(self, checkpoint: str, config: EmbedConfig, threads: int) -> None:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(min(threads, os.cpu_count() or 1))
         self.manifest = read_manifest(checkpoint)
         self._config = config
         self._network, self._normalisation = restore(self.manifest, read_weights(checkpoint))

@@ -15,7 +15,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.annotations import RayDeprecationWarning
 
 from pipelines import events
-from pipelines.cluster import cpus_up
+from pipelines.cluster import cluster_address, cpus_up
 from pipelines.metrics import StageMetrics
 from pipelines.progress import Advance, progress
 from storage_schemas.errors import InputError, StoreError, is_disk_full
@@ -31,6 +31,7 @@ _MAX_BLOCKS = 4096
 # the other, where there are so many that cores still have some tasks each and end at about the same time.
 _TOGETHER = 4
 _TASKS_A_CORE = 8
+_MAY_GROW = 256  # CPUs that a cluster is taken to have at least: more nodes may join
 _PAUSE = 2.0  # seconds before a unit is tried the second time; each time after that twice as long
 _LONGEST_PAUSE = 60.0
 _EXECUTOR = "ray.data._internal.execution.streaming_executor_state"  # where Ray Data logs the tasks that it has lost
@@ -117,7 +118,8 @@ def run_units(screen: Screen, stage: UnitStage, units: Sequence[WellKey], work: 
 
 def _tasks(n_units: int, work: Work) -> int:
     """How many tasks to make of the units."""
-    cores = work.actors if isinstance(work.function, type) else cpus_up() / work.num_cpus
+    cpus = max(cpus_up(), _MAY_GROW) if cluster_address() else cpus_up()
+    cores = work.actors if isinstance(work.function, type) else cpus / work.num_cpus
     together = min(_TOGETHER, max(1, int(n_units / (_TASKS_A_CORE * cores))))
     return -(-n_units // together)
 

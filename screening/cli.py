@@ -705,16 +705,22 @@ def predict(
     network was trained on the compound (split). The call may also be that it is like the negative control, or like
     none of the known mechanisms.
     """
+    from pipelines import events
     from pipelines.predict import PredictionConfig, readable
     from pipelines.predict import predict as vote
     from storage_schemas.screen import Screen
 
+    if max_cells is not None and level not in (None, LevelName.cell):
+        raise typer.BadParameter("is for --level cell", param_hint="--max-cells")
     opened = Screen.open(screen)
     config = PredictionConfig(k=k) if max_cells is None else PredictionConfig(k=k, max_cells=max_cells)
     found = vote(opened, compound, level.value if level else None, config)
     _print_first(readable(found.table) if output is Format.table else found.table, output)
-    for note in found.notes if output is Format.table else ():
-        typer.echo(f"note: {note}")
+    for note in found.notes:
+        if output is Format.table:
+            typer.echo(f"note: {note}")
+        else:
+            events.note(note)
 
 
 @app.command()
