@@ -27,7 +27,7 @@ Counts = dict[str, int]
 
 # Blocks are what Ray schedules; more than this many cost more than the balance they buy.
 _MAX_BLOCKS = 4096
-# Between two tasks a core waits for the driver, 0.2 s where there are several: a task is given some units, one after
+# Between two tasks a core waits for the driver (benchmarks/engine.py): a task is given some units, one after
 # the other, where there are so many that cores still have some tasks each and end at about the same time.
 _TOGETHER = 4
 _TASKS_A_CORE = 8
@@ -118,8 +118,10 @@ def run_units(screen: Screen, stage: UnitStage, units: Sequence[WellKey], work: 
 
 def _tasks(n_units: int, work: Work) -> int:
     """How many tasks to make of the units."""
-    cpus = max(cpus_up(), _MAY_GROW) if cluster_address() else cpus_up()
-    cores = work.actors if isinstance(work.function, type) else cpus / work.num_cpus
+    if isinstance(work.function, type):
+        cores: float = work.actors
+    else:
+        cores = (max(cpus_up(), _MAY_GROW) if cluster_address() else cpus_up()) / work.num_cpus
     together = min(_TOGETHER, max(1, int(n_units / (_TASKS_A_CORE * cores))))
     return -(-n_units // together)
 

@@ -86,7 +86,7 @@ PATIENCE = 1200.0  # seconds for a run to end
 GRACE = 10  # seconds between the notice that a spot instance gets and its end
 FRESH = 3.0  # seconds until a node that was lost is replaced
 
-# Ray notices a lost node after about a minute unless told otherwise, and the runs here are that long.
+# Ray notices a lost node late unless told otherwise, and the runs here are short.
 HEALTH = {
     "RAY_health_check_initial_delay_ms": "2000",
     "RAY_health_check_period_ms": "1000",
