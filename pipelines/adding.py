@@ -10,7 +10,8 @@ import pyarrow as pa
 import torch
 from pydantic import ConfigDict
 
-from pipelines.cluster import cluster, embedding_cpus
+from pipelines import events
+from pipelines.cluster import cluster, embedding_actors
 from pipelines.config import ResourcesConfig, RunConfig
 from pipelines.embed import EmbedContext, EmbedWells
 from pipelines.indexing import (
@@ -157,14 +158,18 @@ def ask_clips(searcher: Searcher, url: str, level: Level | None = None, **filter
         return searcher.query(vectors=_mean(vectors), names=[name], level=level, **filters)
     other = Screen.open(url)
     wells = sorted(other.done_units("segment"))
+    found = {}
     if _is_embedded(other, searcher.manifest.embedder):
-        found = [(well, vectors) for well, _, vectors in read_cells(other, wells)]
+        found = {well: vectors for well, _, vectors in read_cells(other, wells)}
     else:
         _require_clips(other)
-        found = [(well, worker.vectors(other.clips(well))) for well in wells]
-    embedded = [(well, vectors) for well, vectors in found if len(vectors)]
+    if (other.segmented or other).kept_clips == "all":
+        found |= {well: worker.vectors(other.clips(well)) for well in wells if well not in found}
+    embedded = [(well, found[well]) for well in wells if well in found and len(found[well])]
     if not embedded:
         raise SchemaError(url, "has no cell with a clip")
+    if left_out := sorted(set(wells) - {well for well, _ in embedded}):
+        events.note(f"{len(left_out)} well(s) of {url} are left out, such as {left_out[0]}: not embedded, or empty")
     names = [str(well) for well, _ in embedded]
     if level == "cell":
         rows = np.concatenate([_mean(vectors) for _, vectors in embedded])
@@ -246,9 +251,9 @@ def _embed(screen: Screen, target: Screen, made_by: str, cpus: int | None) -> No
     resources, settings = ResourcesConfig(cpus=cpus), _settings(screen)
     wells = _mapped(target, target.done_units("segment"))
     with cluster(resources):
-        actor = embedding_cpus(resources)
-        context = EmbedContext(target, settings.embed, made_by, actor.threads, screen.checkpoint)
-        work = Work(EmbedWells, (context,), num_cpus=actor.asked)
+        actors, each = embedding_actors(resources)
+        context = EmbedContext(target, settings.embed, made_by, each.threads, screen.checkpoint)
+        work = Work(EmbedWells, (context,), num_cpus=each.asked, actors=actors)
         run_units(target, "embed", wells, work, settings.max_failed_share)
 
 

@@ -161,19 +161,33 @@ class ActorCpus:
     threads: int
 
 
-def embedding_cpus(resources: ResourcesConfig) -> ActorCpus:
-    """The CPUs of an actor that embeds; on a GPU it only feeds."""
-    share = usable_cpus(resources) / (resources.embed_actors or 1)
-    return _actor_cpus(resources, resources.embed_cpus, share, share)
+def embedding_actors(resources: ResourcesConfig) -> tuple[int | None, ActorCpus]:
+    """How many actors embed, and the CPUs of each; on a GPU it only feeds.
+
+    On a cluster there are as many as there is work and room for, which is what None stands for. One machine has one
+    a GPU, or one that computes on all of its CPUs.
+    """
+    if resources.embed_actors is None and cluster_address() and resources.cpus is None:
+        return None, ActorCpus(resources.embed_cpus, max(1, int(resources.embed_cpus)))
+    actors = resources.embed_actors or _gpu_actors(resources) or 1
+    share = usable_cpus(resources) / actors
+    return actors, _actor_cpus(resources, resources.embed_cpus, share, share)
 
 
 def one_pass_actors(resources: ResourcesConfig) -> tuple[int, ActorCpus]:
     """How many actors embed beside the tasks that segment, and the CPUs of each."""
     cpus = usable_cpus(resources)
-    actors = resources.embed_actors or (1 if resources.embed_gpus else max(1, int(cpus / 2)))
+    actors = resources.embed_actors or _gpu_actors(resources) or max(1, int(cpus / 2))
     # One well at least must find room beside them, and a task that reads; where there is none they share its CPU.
     left = max(0.0, cpus - max(1.0, resources.segment_cpus)) / actors
     return actors, _actor_cpus(resources, resources.embed_cpus, 1, left)
+
+
+def _gpu_actors(resources: ResourcesConfig) -> int:
+    """How many actors find room on the GPUs that are up, one at least; 0 if they ask for none."""
+    if not resources.embed_gpus:
+        return 0
+    return max(1, int(ray.cluster_resources().get("GPU", 0.0) / resources.embed_gpus))
 
 
 def training_cpus(resources: ResourcesConfig) -> ActorCpus:

@@ -107,8 +107,9 @@ class ResourcesConfig(Config):
     embed_actors: int | None = Field(
         None,
         ge=1,
-        description="actors that hold the network and embed; null: one, but one for two CPUs where there is no GPU for "
-        "them and clips are embedded as they are cut out",
+        description="actors that hold the network and embed; null: on a cluster as many as there is work and room for, "
+        "on one machine one, or as many as have room on its GPUs; where clips are embedded as they are cut out as many "
+        "as have room on the GPUs that are up, or one for two CPUs",
     )
     embed_cpus: float = Field(
         1.0, gt=0, description="CPUs that one embedding actor asks for; where there are fewer an actor, fewer"

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import ray
 import torch
 
-from pipelines.cluster import embedding_cpus, one_pass_actors
+from pipelines.cluster import embedding_actors, one_pass_actors
 from pipelines.config import RunConfig
 from pipelines.inputs import Inputs
 from pipelines.one_pass import Embedders
@@ -43,13 +43,11 @@ def embed_screen(config: RunConfig, inputs: Inputs, screen: Screen, fingerprint:
     """
     segmented = screen.done_units("segment")
     units = [well for well in inputs.wells if well in segmented]
-    actors = config.resources.embed_actors or 1
-    cpus = embedding_cpus(config.resources)
+    actors, cpus = embedding_actors(config.resources)
     context = EmbedContext(screen, config.embed, fingerprint, cpus.threads, screen.checkpoint)
     work = Work(
         EmbedWells,
         (context,),
-        # An actor on a CPU computes on all that it is given; on a GPU it only feeds.
         num_cpus=cpus.asked,
         num_gpus=config.resources.embed_gpus,
         memory_mb=config.resources.embed_memory_mb,

@@ -60,7 +60,7 @@ class Work:
         num_cpus: that a task or actor asks for.
         num_gpus: likewise.
         memory_mb: MiB of memory, likewise; 0: any.
-        actors: how many, for a class.
+        actors: how many, for a class; None: as many as there is work and room for, while a cluster grows for it.
         attempts: how often a unit is tried whose worker dies or whose store does not answer.
     """
 
@@ -69,7 +69,7 @@ class Work:
     num_cpus: float = 1.0
     num_gpus: float = 0.0
     memory_mb: int = 0
-    actors: int = 1
+    actors: int | None = 1
     attempts: int = 4
 
 
@@ -118,7 +118,7 @@ def run_units(screen: Screen, stage: UnitStage, units: Sequence[WellKey], work: 
 
 def _tasks(n_units: int, work: Work) -> int:
     """How many tasks to make of the units."""
-    if isinstance(work.function, type):
+    if isinstance(work.function, type) and work.actors:
         cores: float = work.actors
     else:
         cores = (max(cpus_up(), _MAY_GROW) if cluster_address() else cpus_up()) / work.num_cpus
@@ -210,7 +210,7 @@ def _outcomes(
             dataset = dataset.map(
                 _Actor,
                 fn_constructor_args=(screen, stage, work.function, work.arguments),
-                concurrency=work.actors,
+                concurrency=work.actors or (1, len(units)),
                 max_task_retries=0,
                 **resources,
             )

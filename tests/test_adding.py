@@ -207,7 +207,7 @@ def test_plates_are_embedded_as_those_of_the_screen_were(
 
 @pytest.mark.parametrize("kept", ["all", "none"])
 def test_wells_that_are_not_embedded_are_embedded_or_named(
-    folders: tuple[Path, Path], tmp_path: Path, local_ray: None, kept: str
+    folders: tuple[Path, Path], tmp_path: Path, local_ray: None, kept: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The other screen was embedded by the same network, and one of its wells could not be."""
     screen, other = Screen(str(tmp_path / "screen")), Screen(str(tmp_path / "other"))
@@ -223,6 +223,8 @@ def test_wells_that_are_not_embedded_are_embedded_or_named(
     manifest = other.read_manifest()
     stages = {**manifest.stages, "embed": record}
     other.write_manifest(manifest.model_copy(update={"config": config, "stages": stages}))
+    assert ask_clips(Searcher(screen), other.url, k=1)["query"].nunique() == (16 if kept == "all" else 15)
+    assert ("1 well(s) of" in capsys.readouterr().err) == (kept == "none")
     counts, notes = add(screen.url, other.url)
     assert counts["wells"] == (32 if kept == "all" else 31)
     assert any("1 well(s) of" in note and "not embedded" in note for note in notes) == (kept == "none")

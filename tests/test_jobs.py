@@ -29,6 +29,36 @@ print(JobSubmissionClient(sys.argv[1]).get_job_info(sys.argv[2]).model_dump_json
 """
 
 
+# As cluster.yaml, but nodes are raylets that Ray's own autoscaler starts on the head.
+GROWING = {
+    "cluster_name": "growing",
+    "max_workers": 2,
+    "provider": {
+        "type": "fake_multinode",
+        "disable_node_updaters": True,
+        "foreground_node_launch": True,
+        "worker_liveness_check": False,
+    },
+    "head_node_type": "ray.head.default",
+    "available_node_types": {
+        "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+        "cpu": {"resources": {"CPU": 1, "object_store_memory": 200_000_000}, "node_config": {}, "max_workers": 2},
+    },
+    # What Ray's schema fills in for `ray up`.
+    "upscaling_speed": 1.0,
+    "idle_timeout_minutes": 5,
+    "auth": {},
+    "file_mounts": {},
+    "cluster_synced_files": [],
+    "initialization_commands": [],
+    **{
+        f"{whose}{command}": []
+        for whose in ("head_", "worker_")
+        for command in ("setup_commands", "start_ray_commands")
+    },
+}
+
+
 @dataclass(frozen=True)
 class Jobs:
     """A cluster that asks for a token, and the machine that its head is, where users log in."""
@@ -107,6 +137,25 @@ def test_job_stopped_and_submitted_again_ends_as_a_run_without_a_cluster(
         assert pq.read_table(out / table.relative_to(finished_screen)).equals(pq.read_table(table))
     ours, theirs = (json.loads((screen / "evaluation.json").read_text()) for screen in (out, finished_screen))
     assert ours == theirs
+
+
+def test_cluster_without_workers_grows_for_a_job(run_folder: Path, finished_screen: Path, tmp_path: Path) -> None:
+    (tmp_path / "machines").mkdir()
+    with machines(tmp_path / "machines", "alone") as (head,):
+        (head.home / "growing.json").write_text(json.dumps(GROWING))
+        token = {"RAY_AUTH_MODE": "token"}
+        head.check("ray", "get-auth-token", "--generate")
+        start = ("ray", "start", "--head", "--port=6379", "--num-cpus=0", STORE, "--autoscaling-config=growing.json")
+        head.check(*start, RAY_FAKE_CLUSTER="1", AUTOSCALER_UPDATE_INTERVAL_S="1", **token)
+        jobs = Jobs(head)
+        settings = [part for setting in SMALL_RUN for part in ("--set", setting)]
+        done = jobs.submit(run_folder, "screening", "run", "run.yaml", "--out", tmp_path / "screen", *settings)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "waiting for the cluster to grow" in done.stdout
+    parts = ("cells", "clips", "quality", "calibration", "split.parquet")
+    assert digests(tmp_path / "screen", *parts) == digests(finished_screen, *parts)
+    tables = ("embeddings", "evaluation.json")
+    assert digests(tmp_path / "screen", *tables).keys() == digests(finished_screen, *tables).keys()
 
 
 def test_nodes_get_the_settings_and_no_data(jobs: Jobs, run_folder: Path) -> None:

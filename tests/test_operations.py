@@ -30,7 +30,7 @@ from runs import eventually
 from s3_server import S3Server
 
 from pipelines import events
-from pipelines.cluster import ActorCpus, check_room, embedding_cpus, one_pass_actors, training_cpus
+from pipelines.cluster import ActorCpus, check_room, embedding_actors, one_pass_actors, training_cpus
 from pipelines.config import ResourcesConfig
 from pipelines.metrics import StageMetrics, names, set_counts
 from pipelines.progress import progress
@@ -579,8 +579,9 @@ def test_a_screen_on_object_storage_is_watched_as_any_other(monkeypatch: pytest.
 def up(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Lets a cluster of that address have these CPUs up."""
 
-    def told(cpus: float, address: str = "") -> None:
-        monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": cpus} if cpus else {"memory": 2**30})
+    def told(cpus: float, address: str = "", gpus: float = 0) -> None:
+        there = {"CPU": cpus, "GPU": gpus, "memory": 2.0**30}
+        monkeypatch.setattr(ray, "cluster_resources", lambda: {name: n for name, n in there.items() if n})
         monkeypatch.setenv("RAY_ADDRESS", address)
 
     return told
@@ -590,12 +591,16 @@ def up(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 def test_actors_of_a_cluster_ask_for_the_same_whatever_is_up(cpus: float, up: Callable[..., None]) -> None:
     up(cpus, "head:6379")
     resources = ResourcesConfig(embed_actors=4, train_workers=4, embed_cpus=2.0)
-    assert embedding_cpus(resources).asked == 2.0
+    actors, embedding = embedding_actors(resources)
+    assert (actors, embedding.asked) == (4, 2.0)
     assert training_cpus(resources).asked == 0.5
-    assert embedding_cpus(resources).threads == max(2, cpus // 4)
+    assert embedding.threads == max(2, cpus // 4)
     told = ResourcesConfig(cpus=2, embed_actors=4, train_workers=4)
-    assert embedding_cpus(told) == ActorCpus(0.5, 1)
+    assert embedding_actors(told) == (4, ActorCpus(0.5, 1))
     assert training_cpus(told) == ActorCpus(0.125, 1)
+    assert embedding_actors(ResourcesConfig(embed_cpus=2.0)) == (None, ActorCpus(2.0, 2))
+    assert embedding_actors(ResourcesConfig(embed_gpus=0.5)) == (None, ActorCpus(1.0, 1))
+    assert embedding_actors(ResourcesConfig(cpus=2)) == (1, ActorCpus(1.0, 2))
 
 
 @pytest.mark.parametrize(
@@ -612,8 +617,16 @@ def test_actors_of_one_machine_share_it(
 ) -> None:
     up(cpus)
     resources = ResourcesConfig(embed_actors=actors, train_workers=actors)
-    assert embedding_cpus(resources) == embedding
+    assert embedding_actors(resources) == (actors, embedding)
     assert training_cpus(resources) == training
+
+
+@pytest.mark.parametrize(("gpus", "asked", "actors"), [(1, 1.0, 1), (4, 1.0, 4), (2, 0.25, 8), (1, 0.6, 1)])
+def test_each_gpu_of_a_machine_has_its_actors(gpus: float, asked: float, actors: int, up: Callable[..., None]) -> None:
+    up(16, gpus=gpus)
+    resources = ResourcesConfig(embed_gpus=asked)
+    assert embedding_actors(resources) == (actors, ActorCpus(1.0, 16 // actors))
+    assert one_pass_actors(resources)[0] == actors
 
 
 @pytest.mark.parametrize("segment_cpus", [0.5, 1.0, 2.0])

@@ -162,6 +162,28 @@ def test_an_actor_is_made_once_and_does_all_its_units(screen: Screen, tmp_path: 
     assert screen.failures("segment") == []
 
 
+def test_open_pool_grows_while_there_is_room(screen: Screen, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+
+    class Worker:
+        def __init__(self, owner: Screen, made: Path) -> None:
+            with made.open("a") as file:
+                file.write("made\n")
+            self.owner, self.made = owner, made
+
+        def __call__(self, well: WellKey) -> float:
+            end = time.monotonic() + 60
+            while len(self.made.read_text().split()) < 2:
+                if time.monotonic() > end:
+                    raise ValueError("no other worker was made")
+                time.sleep(0.05)
+            store.write_bytes(self.owner.embeddings(well), b"embedded")
+            return 0.0
+
+    run_units(screen, "embed", WELLS, Work(Worker, (screen, log), num_cpus=1, actors=None), 0.0)
+    assert attempts(log) == ["made"] * 2  # there are two CPUs
+
+
 # --- what is no fault of the unit -------------------------------------------------------------
 
 
