@@ -36,6 +36,7 @@ def inputs_of(screen: Screen) -> Inputs:
     return open_inputs(with_cells_of(config, screen.url).inputs)
 
 
+@pytest.mark.slow
 def test_the_table_of_methods_is_made_once(screen: Screen, command: Command, local_ray: None) -> None:
     done = command("compare", screen.url)
     assert done.code == 0, done.err

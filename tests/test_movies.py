@@ -13,6 +13,8 @@ import pytest
 
 from storage_schemas.plate import open_labels, open_plate
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parents[1] / "examples" / "movies"
 COMMAND = [sys.executable, "-c", "from screening.cli import main; main()"]
 

@@ -213,6 +213,7 @@ for writer in writers:
 LAST_OBJECTS = r"table.parquet|/manifest\.json|clips.zarr/c/1|complete upload"
 
 
+@pytest.mark.slow
 def test_a_writer_that_is_killed_leaves_nothing_that_is_taken_for_whole(server: S3Server, root: str) -> None:
     """Killed while the last object of each artefact is on its way."""
     screen = Screen(root)

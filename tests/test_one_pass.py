@@ -48,6 +48,7 @@ def wells_of(screen: Path) -> list[WellKey]:
     return sorted(Screen(str(screen)).done_units("segment"))
 
 
+@pytest.mark.slow
 def test_embeddings_and_cells_are_those_of_two_passes(one_pass: Path, finished_screen: Path) -> None:
     assert wells_of(one_pass) == wells_of(finished_screen)
     ours, theirs = Screen(str(one_pass)), Screen(str(finished_screen))
@@ -60,6 +61,7 @@ def test_embeddings_and_cells_are_those_of_two_passes(one_pass: Path, finished_s
         pd.testing.assert_frame_equal(mine.to_pandas(), other.to_pandas(), check_exact=True)
 
 
+@pytest.mark.slow
 def test_so_many_clips_are_kept_and_they_are_the_right_ones(one_pass: Path, finished_screen: Path) -> None:
     ours, theirs = Screen(str(one_pass)), Screen(str(finished_screen))
     for well in wells_of(one_pass):
@@ -74,6 +76,7 @@ def test_so_many_clips_are_kept_and_they_are_the_right_ones(one_pass: Path, fini
         )
 
 
+@pytest.mark.slow
 def test_what_follows_is_made_as_ever(one_pass: Path, finished_screen: Path, subprocess_command: Command) -> None:
     profiles = [pd.read_parquet(screen / "profiles" / "compound.parquet") for screen in (one_pass, finished_screen)]
     assert profiles[0].drop(columns="profile").equals(profiles[1].drop(columns="profile"))
@@ -164,6 +167,7 @@ def test_clips_cannot_be_given_up_without_a_network(
     assert "segment.clips.store=none keeps no clips to train on: name a trained network" in done.err
 
 
+@pytest.mark.slow
 def test_cells_without_clips_are_not_trained_on(one_pass: Path, tmp_path: Path, command: Command) -> None:
     config = tmp_path / "run.yaml"
     config.write_text(f"inputs: {{cells: {one_pass}}}\n", encoding="utf-8")

@@ -93,6 +93,7 @@ class Watch:
         return {epoch for epoch in self._seen if self._before and epoch <= max(self._before)}
 
 
+@pytest.mark.slow
 def test_a_killed_segmentation_goes_on(
     small_screen: Path, small_settings: list[str], finished_screen: Path, tmp_path: Path
 ) -> None:

@@ -213,6 +213,7 @@ def test_a_worse_sample_is_stopped_by_what_earlier_commands_saw(config: RunConfi
     assert fresh.on_trial_result(None, Trial, {"epoch": 9, "best": 0.1}) == "CONTINUE"
 
 
+@pytest.mark.slow
 def test_samples_that_are_stopped_are_recorded_and_those_that_fail_are_told_of(
     config: RunConfig,
     tmp_path: Path,

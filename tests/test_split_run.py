@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 
 
 @pytest.fixture
-def on_its_cells(small_screen: Path, finished_screen: Path, small_settings: list[str], tmp_path: Path) -> list[str]:
+def on_its_cells(finished_screen: Path, small_settings: list[str], tmp_path: Path) -> list[str]:
     """A configuration that takes the finished screen's cells, and settings that make it quick."""
     config = tmp_path / "run.yaml"
     config.write_text(f"inputs: {{cells: {finished_screen}}}\n")
@@ -27,6 +27,13 @@ def on_its_cells(small_screen: Path, finished_screen: Path, small_settings: list
     return [str(config), *(part for setting in settings for part in ("--set", setting))]
 
 
+@pytest.fixture
+def trained(finished_screen: Path) -> tuple[str, str]:
+    """A setting that takes the finished screen's network, so that none is trained."""
+    return "--set", f"network={finished_screen}/checkpoint"
+
+
+@pytest.mark.slow
 def test_cells_are_divided_and_the_reader_is_warned(
     on_its_cells: list[str], finished_screen: Path, command: Command, tmp_path: Path
 ) -> None:
@@ -54,10 +61,10 @@ def test_cells_are_divided_and_the_reader_is_warned(
 
 @pytest.mark.parametrize("method", ["compound", "cell"])
 def test_of_many_cells_some_are_drawn_and_the_reader_is_told(
-    method: str, on_its_cells: list[str], command: Command, tmp_path: Path
+    method: str, on_its_cells: list[str], trained: tuple[str, str], command: Command, tmp_path: Path
 ) -> None:
     screen = tmp_path / "screen"
-    settings = ("--set", f"split.method={method}", "--set", "evaluation.max_cells=5")
+    settings = (*trained, "--set", f"split.method={method}", "--set", "evaluation.max_cells=5")
     done = command("run", *on_its_cells, "--out", screen, "--stages", "train,embed,evaluate", *settings)
     assert done.code == 0, done.err
     for test in json.loads((screen / "evaluation.json").read_text()).values():
@@ -75,7 +82,9 @@ def test_a_replicate_is_a_test_only_if_it_is_held_out(held_out: bool, tests: set
     assert {TESTS[part] for part in _asked(config, nothing)} == tests
 
 
-def test_a_table_is_edited_and_given_back(on_its_cells: list[str], command: Command, tmp_path: Path) -> None:
+def test_a_table_is_edited_and_given_back(
+    on_its_cells: list[str], trained: tuple[str, str], command: Command, tmp_path: Path
+) -> None:
     path, screen = tmp_path / "split.csv", tmp_path / "screen"
     assert command("split", *on_its_cells, "--out", path).code == 0
     again = command("split", *on_its_cells, "--out", path)
@@ -84,7 +93,7 @@ def test_a_table_is_edited_and_given_back(on_its_cells: list[str], command: Comm
     table = pd.read_csv(path)
     table.loc[table["split"] == "test_replicate", "split"] = "query"
     table.to_csv(path, index=False)
-    given = ("--set", "split.method=table", "--set", f"inputs.split={path}")
+    given = (*trained, "--set", "split.method=table", "--set", f"inputs.split={path}")
     done = command("run", *on_its_cells, "--out", screen, "--stages", "train,embed,evaluate", *given)
     assert done.code == 0, done.err
     assert pd.read_parquet(screen / "split.parquet")["split"].tolist() == table["split"].tolist()
