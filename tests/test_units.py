@@ -318,14 +318,15 @@ def test_well_that_takes_all_memory_is_given_up(screen: Screen) -> None:
     assert "if memory has run out, say by resources.segment_memory_mb" in told
 
 
-def test_lost_actor_is_made_anew(screen: Screen, tmp_path: Path, quick: None) -> None:
+@pytest.mark.parametrize("actors", [1, None])
+def test_lost_actor_is_made_anew(screen: Screen, tmp_path: Path, quick: None, actors: int | None) -> None:
     trouble = make_trouble(screen, tmp_path / "log", "worker", 2)
 
     class Worker:
         def __call__(self, well: WellKey) -> float:
             return trouble(well)
 
-    run_units(screen, "segment", WELLS, Work(Worker), 0)
+    run_units(screen, "segment", WELLS, Work(Worker, actors=actors), 0)
     assert screen.done_units("segment") == set(WELLS)
     assert screen.failures("segment") == []
 
