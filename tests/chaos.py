@@ -72,9 +72,9 @@ SETTINGS: dict[str, object] = {
     "train.epochs": EPOCHS,
     "train.p": 3,
     "train.k": 2,
-    # One thread computes: with more, sums are rounded in another order, and nodes come and go here.
-    "resources.cpus": 1,
 }
+# One thread trains: with more, sums are rounded in another order, and nodes come and go here.
+TRAINED = {"resources.cpus": 1}
 STAGES = ("segment", "train", "embed", "index")
 RESULTS = (
     *("calibration", "cells", "quality", "clips", "split.parquet", "train/metrics.parquet"),
@@ -665,7 +665,7 @@ class Chaos:
 
     def _settings(self, way: Way) -> dict[str, object]:
         if way == "train":
-            return SETTINGS
+            return SETTINGS | TRAINED
         checkpoint = self._checkpoint or self.calm("train") / "checkpoint"
         return SETTINGS | {"network": checkpoint} | ({"segment.clips.store": "none"} if way == "one pass" else {})
 
