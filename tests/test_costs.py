@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import pytest
 from machines import ROOT
 
 
@@ -28,6 +29,7 @@ def test_the_page_has_what_is_printed() -> None:
     assert f"Extrapolated:\n{printed()}\n```" in page()
 
 
+@pytest.mark.slow
 def test_smaller_and_larger_screens_are_as_the_page_says() -> None:
     said = " ".join(page().split())
     small, large = amounts(63), amounts(6250)

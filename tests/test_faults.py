@@ -404,6 +404,7 @@ def test_flags_alone_are_no_failure(plates: Path, tmp_path: Path, command: Comma
     check_conservation(folder, plates)
 
 
+@pytest.mark.slow
 def test_too_many_failed_sites_stop_the_run(plates: Path, tmp_path: Path, command: Command) -> None:
     """Eight of 28 sites are a seventh of all, a well counting by the share of its sites that failed."""
     damage(plates, FAILED)

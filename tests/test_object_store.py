@@ -328,6 +328,7 @@ def test_a_file_that_is_replaced_while_it_is_read_is_told(server: S3Server, root
 # --- faults that pass ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_everything_is_read_right_in_spite_of_faults(server: S3Server, root: str) -> None:
     clips = clips_of(100) | 1  # no zeros, which is what a chunk reads as that is not there
     server.fail(0.2, CUTS)

@@ -350,6 +350,7 @@ def test_a_plate_map_that_does_not_fit_leaves_nothing_behind(
 # --- damaged plates --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_bad_wells_cost_themselves_and_a_repaired_screen_is_as_if_never_damaged(
     plates_copy: Path, finished_screen: Path, tmp_path: Path, small_settings: list[str], command: Command
 ) -> None:
