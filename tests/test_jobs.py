@@ -13,7 +13,6 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import SMALL_RUN
 from machines import ROOT, Machine, machines
 from runs import digests, eventually
 
@@ -110,11 +109,10 @@ def run_folder(small_screen: Path, tmp_path: Path) -> Path:
 
 
 def test_job_stopped_and_submitted_again_ends_as_a_run_without_a_cluster(
-    jobs: Jobs, run_folder: Path, finished_screen: Path, tmp_path: Path
+    jobs: Jobs, run_folder: Path, small_settings: list[str], finished_screen: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "screen"
-    settings = [part for setting in SMALL_RUN for part in ("--set", setting)]
-    entrypoint = ("screening", "run", "run.yaml", "--out", out, *settings)
+    entrypoint = ("screening", "run", "run.yaml", "--out", out, *small_settings)
     started = jobs.submit(run_folder, *entrypoint, wait=False, name="first")
     assert started.returncode == 0, started.stdout + started.stderr
     eventually(lambda: any(out.glob("cells/*/*.parquet")))
@@ -139,7 +137,9 @@ def test_job_stopped_and_submitted_again_ends_as_a_run_without_a_cluster(
     assert ours == theirs
 
 
-def test_cluster_without_workers_grows_for_a_job(run_folder: Path, finished_screen: Path, tmp_path: Path) -> None:
+def test_cluster_without_workers_grows_for_a_job(
+    run_folder: Path, small_settings: list[str], finished_screen: Path, tmp_path: Path
+) -> None:
     (tmp_path / "machines").mkdir()
     with machines(tmp_path / "machines", "alone") as (head,):
         (head.home / "growing.json").write_text(json.dumps(GROWING))
@@ -148,8 +148,7 @@ def test_cluster_without_workers_grows_for_a_job(run_folder: Path, finished_scre
         start = ("ray", "start", "--head", "--port=6379", "--num-cpus=0", STORE, "--autoscaling-config=growing.json")
         head.check(*start, RAY_FAKE_CLUSTER="1", AUTOSCALER_UPDATE_INTERVAL_S="1", **token)
         jobs = Jobs(head)
-        settings = [part for setting in SMALL_RUN for part in ("--set", setting)]
-        done = jobs.submit(run_folder, "screening", "run", "run.yaml", "--out", tmp_path / "screen", *settings)
+        done = jobs.submit(run_folder, "screening", "run", "run.yaml", "--out", tmp_path / "screen", *small_settings)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "waiting for the cluster to grow" in done.stdout
     parts = ("cells", "clips", "quality", "calibration", "split.parquet")
