@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,9 @@ import pytest
 from screening import cli
 
 if TYPE_CHECKING:
+    from xdist.remote import Producer
+    from xdist.scheduler import LoadFileScheduling
+
     from screening.simulation import SimulationConfig
 
 # Ray reports usage over the network unless told not to.
@@ -51,6 +56,28 @@ class FinishedRun:
 
 
 Command = Callable[..., Outcome]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling:
+    """Of several processes one has all the files that ask for :func:`finished_run`: a minute's work, done once.
+
+    The other files go to whichever process is free.
+    """
+    # A marker of xdist would say it, but pytest 9.2 takes no heed of it (pytest-xdist's issue 1386).
+    from xdist.scheduler import LoadFileScheduling
+
+    asks = re.compile(r"\bfinished_(run|screen)\b")
+
+    @cache
+    def group(file: str) -> str:
+        return "finished run" if asks.search((config.rootpath / file).read_text()) else file
+
+    class OneFinishedRun(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group(super()._split_scope(nodeid))
+
+    return OneFinishedRun(config, log)
 
 
 @pytest.fixture(scope="session")

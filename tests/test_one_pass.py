@@ -177,7 +177,7 @@ def test_cells_without_clips_are_not_trained_on(one_pass: Path, tmp_path: Path, 
 
 
 def test_network_of_other_channels_is_refused_before_the_work(
-    one_pass: Path, small_screen: Path, settings: list[str], tmp_path: Path, command: Command
+    small_screen: Path, settings: list[str], tmp_path: Path, command: Command
 ) -> None:
     done = command(
         *("run", small_screen / "run.yaml", "--out", tmp_path / "s", *settings),

@@ -263,9 +263,12 @@ def one_plate(n: int, n_controls: int) -> pd.DataFrame:
 
 @pytest.mark.parametrize(("n_controls", "d"), [(200, 10), (60, 30), (1000, 100)])
 def test_sphered_controls_have_the_identity_for_covariance(n_controls: int, d: int) -> None:
-    done = only(mixed(n_controls + 50, d), one_plate(n_controls + 50, n_controls), Sphere(regularisation=0))
+    values = mixed(n_controls + 50, d)
+    done = only(values, one_plate(n_controls + 50, n_controls), Sphere(regularisation=0))
     covariance = np.cov(done.values[:n_controls].astype(np.float64).T)
-    assert np.abs(covariance - np.eye(d)).max() < 1e-6
+    # How far rounding may go: the covariance of 60 wells in 30 dimensions has a condition number of 1e11.
+    rounding = np.finfo(np.float64).eps * np.linalg.cond(np.cov(values[:n_controls].T))
+    assert np.abs(covariance - np.eye(d)).max() < max(1e-6, rounding)
     assert np.abs(done.values[:n_controls].mean(axis=0, dtype=np.float64)).max() < 1e-6
 
 
