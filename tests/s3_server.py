@@ -22,7 +22,9 @@ import sys
 import time
 import urllib.request
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any, Self
+from unittest import mock
 from urllib.parse import parse_qs
 
 import aiohttp
@@ -93,6 +95,22 @@ class S3Server:
             "AWS_CONFIG_FILE": "/dev/null",
             "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
         }
+
+    @contextlib.contextmanager
+    def used_here(self, **environment: str) -> Iterator[None]:
+        """Let this process, and what it starts, use this server and no connection that it has to another.
+
+        Args:
+            environment: in place of, or besides, the server's own.
+        """
+        from storage_schemas import remote  # not needed where the server runs
+
+        with mock.patch.dict(os.environ, {**self.environment, **environment}):
+            remote._remote.cache_clear()
+            try:
+                yield
+            finally:
+                remote._remote.cache_clear()
 
     def url(self, *parts: str) -> str:
         """A place in the bucket."""

@@ -8,17 +8,14 @@ import re
 from pathlib import Path
 
 import pyarrow.fs
-import pytest
 from s3_server import S3Server
 
 from pipelines.checkpoints import storage
 
 
-def test_checkpoints_come_and_go_though_the_store_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoints_come_and_go_though_the_store_fails(tmp_path: Path) -> None:
     """By all that Ray Train asks of a file system, in another process as well."""
-    with S3Server(share=0.2) as server:
-        for name, value in server.environment.items():
-            monkeypatch.setenv(name, value)
+    with S3Server(share=0.2) as server, server.used_here():
         told = storage(server.url("screen", "train", "runs"))
         folder = told["storage_path"] + "/run/epoch_0001"
         files: pyarrow.fs.FileSystem = pickle.loads(pickle.dumps(told["storage_filesystem"]))
@@ -44,10 +41,8 @@ def test_on_a_disk_ray_train_is_left_alone(tmp_path: Path) -> None:
     assert storage(str(tmp_path)) == {"storage_path": str(tmp_path)}
 
 
-def test_what_is_not_closed_is_not_put(monkeypatch: pytest.MonkeyPatch) -> None:
-    with S3Server() as server:
-        for name, value in server.environment.items():
-            monkeypatch.setenv(name, value)
+def test_what_is_not_closed_is_not_put() -> None:
+    with S3Server() as server, server.used_here():
         told = storage(server.url("screen"))
         files: pyarrow.fs.FileSystem = told["storage_filesystem"]
         whole = files.open_output_stream(told["storage_path"] + "/whole")

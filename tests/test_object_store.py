@@ -53,16 +53,13 @@ def running_server() -> Iterator[S3Server]:
 
 
 @pytest.fixture
-def server(running_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+def server(running_server: S3Server) -> Iterator[S3Server]:
     """A server without faults that this process and what it starts would use."""
-    for name, value in running_server.environment.items():
-        monkeypatch.setenv(name, value)
-    remote._remote.cache_clear()
-    running_server.forget()
-    yield running_server
-    running_server.fail(0)
-    running_server.cut(0)
-    remote._remote.cache_clear()
+    with running_server.used_here():
+        running_server.forget()
+        yield running_server
+        running_server.fail(0)
+        running_server.cut(0)
 
 
 @pytest.fixture
@@ -539,11 +536,8 @@ def screen_at_store(
 
     Plates and tables lie there too.
     """
-    with S3Server(seed=6) as server, pytest.MonkeyPatch.context() as patch:
-        for name, value in {**server.environment, "AWS_SECRET_ACCESS_KEY": HIDDEN}.items():
-            patch.setenv(name, value)
-        patch.setenv("RAY_worker_niceness", "0")
-        remote._remote.cache_clear()
+    environment = {"AWS_SECRET_ACCESS_KEY": HIDDEN, "RAY_worker_niceness": "0"}
+    with S3Server(seed=6) as server, server.used_here(**environment):
         fs, place = store.filesystem(server.url("simulated"))
         for path in small_screen.rglob("*"):
             if path.is_file():
@@ -569,7 +563,6 @@ def screen_at_store(
             said += outcome.out + outcome.err
         server.fail(0)
         yield server, out, said
-    remote._remote.cache_clear()
 
 
 @pytest.mark.slow

@@ -556,10 +556,8 @@ def test_watching_ends_at_the_stage_that_it_is_told(command: Command, screen: Sc
     assert command("status", screen.url, "--watch", "--until", "cutting").code == 2
 
 
-def test_a_screen_on_object_storage_is_watched_as_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    with S3Server() as server:
-        for name, value in server.environment.items():
-            monkeypatch.setenv(name, value)
+def test_a_screen_on_object_storage_is_watched_as_any_other() -> None:
+    with S3Server() as server, server.used_here():
         screen = Screen(server.url("watched"))
         screen.write_manifest(Manifest(software={}, config={}, inputs=""))
         begin(screen, "segment")
