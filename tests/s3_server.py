@@ -24,7 +24,6 @@ import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Self
-from unittest import mock
 from urllib.parse import parse_qs
 
 import aiohttp
@@ -103,9 +102,13 @@ class S3Server:
         Args:
             environment: in place of, or besides, the server's own.
         """
-        from storage_schemas import remote  # not needed where the server runs
+        import pytest  # what the server itself runs without
 
-        with mock.patch.dict(os.environ, {**self.environment, **environment}):
+        from storage_schemas import remote
+
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in {**self.environment, **environment}.items():
+                patch.setenv(name, value)
             remote._remote.cache_clear()
             try:
                 yield

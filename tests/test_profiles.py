@@ -263,12 +263,11 @@ def one_plate(n: int, n_controls: int) -> pd.DataFrame:
 
 @pytest.mark.parametrize(("n_controls", "d"), [(200, 10), (60, 30), (1000, 100)])
 def test_sphered_controls_have_the_identity_for_covariance(n_controls: int, d: int) -> None:
-    values = mixed(n_controls + 50, d)
+    # Not seed 0, whose 60 wells have a covariance of condition number 1e11: rounding alone may come to 1e-5 there.
+    values = mixed(n_controls + 50, d, seed=1)
     done = only(values, one_plate(n_controls + 50, n_controls), Sphere(regularisation=0))
     covariance = np.cov(done.values[:n_controls].astype(np.float64).T)
-    # How far rounding may go: the covariance of 60 wells in 30 dimensions has a condition number of 1e11.
-    rounding = np.finfo(np.float64).eps * np.linalg.cond(np.cov(values[:n_controls].T))
-    assert np.abs(covariance - np.eye(d)).max() < max(1e-6, rounding)
+    assert np.abs(covariance - np.eye(d)).max() < 1e-6
     assert np.abs(done.values[:n_controls].mean(axis=0, dtype=np.float64)).max() < 1e-6
 
 
