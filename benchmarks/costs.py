@@ -130,8 +130,10 @@ def plan(a: Assumptions) -> list[tuple[str, float, str]]:
     segment = pixels / (2 * 16 * 3 * 1024**2) * a.segment_cpu_s / 3600
     embed_cpu = 0.0 if a.embed_per_gpu_s else clips / a.embed_per_cpu_s / 3600
     embed_gpu = clips / a.embed_per_gpu_s / 3600 if a.embed_per_gpu_s else 0.0
-    wall = (segment + embed_cpu) / a.cores / a.efficiency
-    wall += embed_gpu / a.gpus / a.efficiency if a.gpus and embed_gpu else 0.0
+    segment_wall = segment / a.cores / a.efficiency
+    embed_wall = embed_cpu / a.cores / a.efficiency
+    embed_wall += embed_gpu / a.gpus / a.efficiency if a.gpus and embed_gpu else 0.0
+    shorter = min(wall for wall in (segment_wall, embed_wall) if wall)
     requests = frames * a.frame_objects + 2 * wells * a.well_objects  # what is written of a well is read again
     cost = {
         "CPUs": (segment + embed_cpu) / a.efficiency * a.price_cpu_hour,
@@ -148,8 +150,8 @@ def plan(a: Assumptions) -> list[tuple[str, float, str]]:
         ("segmentation", segment, "CPU hours"),
         ("embedding", embed_cpu, "CPU hours"),
         ("embedding", embed_gpu, "GPU hours"),
-        (f"both on {a.cores:,} cores, one after the other", wall, "hours"),
-        ("units a second that the driver must hand out", 2 * wells / wall / 3600, ""),
+        (f"both on {a.cores:,} cores, one after the other", segment_wall + embed_wall, "hours"),
+        ("units a second that the driver must hand out", wells / shorter / 3600, ""),
         ("requests, one an object", requests / 1e6, "million"),
         *((f"cost: {name}", amount, "") for name, amount in cost.items()),
         ("cost", sum(cost.values()), ""),

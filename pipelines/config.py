@@ -26,7 +26,7 @@ from screening.statistics import StatisticsConfig
 from screening.training import TrainConfig
 from storage_schemas import store
 from storage_schemas.base import Config
-from storage_schemas.errors import InputError
+from storage_schemas.errors import InputError, StoreError
 from storage_schemas.screen import Screen
 
 
@@ -244,9 +244,12 @@ def load(url: str, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises:
         ConfigError: if the file is missing or not YAML, or a key or value is wrong.
+        StoreError: if its store does not answer.
     """
     try:
         document = yaml.safe_load(store.read_bytes(url))
+    except StoreError:
+        raise
     except InputError as error:
         raise ConfigError(str(error)) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -179,12 +179,12 @@ def _check_settings(config: RunConfig, inputs: Inputs) -> None:
     for moa in {moa for contrast in config.evaluation.contrasts for moa in contrast} - known:
         near = suggest(moa, known)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {sorted(known)[:10]}"
-        raise ConfigError(f"evaluation.contrasts: no compound on these plates has the MOA {moa!r}; {hint}")
+        raise InputError(f"evaluation.contrasts: no compound on these plates has the MOA {moa!r}; {hint}")
     if config.profiles.needs_controls:
         controlled = set(inputs.plate_map.loc[inputs.plate_map["role"] == "negative_control", "plate"])
         without = sorted(set(inputs.plate_map["plate"]) - controlled)
         if without:
-            raise ConfigError(
+            raise InputError(
                 f"{inputs.plate_map_url}: plate(s) {without[:5]} have no well of the role negative_control to "
                 "normalise profiles to; name them, or set profiles.recipe.reference=plate or profiles.recipe.method=raw"
             )
@@ -276,24 +276,31 @@ def _fingerprint(
 def _run_stage(stage: Stage, config: RunConfig, inputs: Inputs, screen: Screen, on_epoch: train.OnEpoch | None) -> None:
     more = {"on_epoch": on_epoch} if stage == "train" else {}
     mark = _fingerprint(stage, config, inputs, screen, screen.read_manifest().stages)
+    counts, whole = _units(stage, config, inputs, screen)
     do_stage(
         screen,
         stage,
         mark,
         partial(_SPECS[stage].function, config, inputs, screen, mark, **more),
-        {"wells": len(inputs.wells)} if stage in ("segment", "embed") else {},
-        whole=_all_units(stage, config, inputs, screen),
+        counts,
+        whole=whole,
     )
 
 
-def _all_units(stage: Stage, config: RunConfig, inputs: Inputs, screen: Screen) -> bool:
-    """Whether no well is left to do; wells may have joined since the stage was done."""
+def _units(stage: Stage, config: RunConfig, inputs: Inputs, screen: Screen) -> tuple[Counts, bool]:
+    """What is known beforehand of the wells of a stage that goes well by well, and whether none is left to do.
+
+    Wells may have joined since the stage was done.
+    """
+    if stage not in ("segment", "embed"):
+        return {}, True
+    wells, segmented = set(inputs.wells), screen.done_units("segment")
     if stage == "segment":
-        done = screen.done_units("segment")
-        return set(inputs.wells) <= (done & screen.done_units("embed") if config.one_pass else done)
-    if stage == "embed":
-        return set(inputs.wells) & screen.done_units("segment") <= screen.done_units("embed")
-    return True
+        done = segmented & screen.done_units("embed") if config.one_pass else segmented
+    else:
+        wells &= segmented
+        done = screen.done_units("embed")
+    return {"wells": len(wells)}, wells <= done
 
 
 def _input_identity(config: RunConfig, inputs: Inputs) -> str:

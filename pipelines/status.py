@@ -59,8 +59,8 @@ def glance(screen: Screen, now: float) -> pd.DataFrame:
         now: seconds since the epoch.
 
     Returns:
-        A row a stage: stage, state, done, failed (wells, wholly or in part), left, per_minute (wells, of late),
-        minutes_left at that rate, idle_minutes since the last commit, counts.
+        A row a stage: stage, state, done, failed (wells, wholly or in part; wholly, once it is done), left, per_minute
+        (wells, of late), minutes_left at that rate, idle_minutes since the last commit, counts.
 
     Raises:
         SchemaError: if there is no screen.

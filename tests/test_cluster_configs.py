@@ -168,9 +168,16 @@ def test_ray_goes_on_asking_for_spot_that_was_refused() -> None:
 # --- what the account must hold ---------------------------------------------------------------
 
 
+def test_cloudformation_reads_the_template() -> None:
+    """It refuses YAML's aliases, as the mock does not."""
+    text = (ROOT / "examples/clusters/aws-account.yaml").read_text()
+    assert not [token for token in yaml.scan(text) if isinstance(token, yaml.AliasToken | yaml.AnchorToken)]
+
+
 def test_roles_may_do_only_what_their_nodes_must() -> None:
     resources = read("examples/clusters/aws-account.yaml")["Resources"]
     worker = resources["WorkerRole"]["Properties"]
+    assert worker["AssumeRolePolicyDocument"] == resources["HeadRole"]["Properties"]["AssumeRolePolicyDocument"]
     assert worker.keys() == {"RoleName", "AssumeRolePolicyDocument", "ManagedPolicyArns"}
     storage = resources["Storage"]["Properties"]["PolicyDocument"]["Statement"]
     assert all(action.startswith("s3:") and "*" not in action for rule in storage for action in rule["Action"])

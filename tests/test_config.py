@@ -17,6 +17,8 @@ from screening.clips import FixedScaling, FixedWindow, TrackWindow
 from screening.illumination import FlatField, NoIllumination
 from screening.site import SegmentConfig
 from screening.training import SGD, PlateauSchedule, TrainConfig
+from storage_schemas import store
+from storage_schemas.errors import StoreError
 
 MINIMAL: dict[str, Any] = {
     "inputs": {"plates": ["plates/*.zarr"], "plate_map": "plate_map.csv"},
@@ -220,6 +222,17 @@ def test_a_configuration_given_relatively_finds_the_same_files(
 ) -> None:
     monkeypatch.chdir(config_file.parent)
     assert load("run.yaml") == load(str(config_file))
+
+
+def test_a_store_that_does_not_answer_is_no_wrong_configuration(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(url: str) -> bytes:
+        raise StoreError(url, "does not answer")
+
+    monkeypatch.setattr(store, "read_bytes", refuse)
+    with pytest.raises(StoreError, match=r"run\.yaml: does not answer"):
+        load(str(config_file))
 
 
 def test_absolute_paths_and_urls_stay(config_file: Path) -> None:

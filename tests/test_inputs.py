@@ -12,7 +12,8 @@ import pytest
 from pipelines.cluster import check_room
 from pipelines.config import ConfigError, InputsConfig, RunConfig, parse
 from pipelines.inputs import Inputs, open_inputs
-from pipelines.run import run
+from pipelines.run import _units, run
+from storage_schemas import store
 from storage_schemas.errors import InputError
 from storage_schemas.keys import WellKey
 from storage_schemas.plate import create_well, list_wells
@@ -298,14 +299,14 @@ def test_a_plate_without_mapped_wells_is_left_out(folder: Path) -> None:
 
 def test_a_misspelt_mechanism_is_found_before_anything_is_written(folder: Path) -> None:
     config = configured(folder, evaluation={"contrasts": [["uncoupler", "uncopler"]]})
-    with pytest.raises(ConfigError, match=r"has the MOA 'uncopler'; did you mean 'uncoupler'\?"):
+    with pytest.raises(InputError, match=r"has the MOA 'uncopler'; did you mean 'uncoupler'\?"):
         run(config, str(folder / "screen"))
     assert not (folder / "screen").exists()
 
 
 def test_a_plate_without_controls_is_found_before_anything_is_written(folder: Path) -> None:
     edit(folder / "plate_map.csv", "p2,A01,DMSO,negative_control", "p2,A01,DMSO,treatment")
-    with pytest.raises(ConfigError, match=r"plate\(s\) \['p2'\] have no well of the role negative_control"):
+    with pytest.raises(InputError, match=r"plate\(s\) \['p2'\] have no well of the role negative_control"):
         run(configured(folder), str(folder / "screen"))
     assert not (folder / "screen").exists()
 
@@ -321,3 +322,18 @@ def test_more_than_the_machine_has_is_refused(folder: Path, monkeypatch: pytest.
     ):
         with pytest.raises(InputError, match=said):
             check_room(configured(folder, resources=setting).resources)
+
+
+def test_wells_that_were_not_segmented_are_none_of_embeds(folder: Path) -> None:
+    config, screen = configured(folder), Screen(str(folder / "screen"))
+    inputs = open_inputs(config.inputs)
+    first, second = inputs.wells[:2]
+    assert _units("segment", config, inputs, screen) == ({"wells": 4}, False)
+    for well in (first, second):
+        store.write_bytes(screen.cells(well), b"cells")
+    store.write_bytes(screen.embeddings(first), b"embeddings")
+    assert _units("embed", config, inputs, screen) == ({"wells": 2}, False)
+    store.write_bytes(screen.embeddings(second), b"embeddings")
+    assert _units("embed", config, inputs, screen) == ({"wells": 2}, True)
+    assert _units("segment", config, inputs, screen) == ({"wells": 4}, False)
+    assert _units("train", config, inputs, screen) == ({}, True)
