@@ -299,15 +299,17 @@ def test_a_plate_without_mapped_wells_is_left_out(folder: Path) -> None:
 
 def test_a_misspelt_mechanism_is_found_before_anything_is_written(folder: Path) -> None:
     config = configured(folder, evaluation={"contrasts": [["uncoupler", "uncopler"]]})
-    with pytest.raises(InputError, match=r"has the MOA 'uncopler'; did you mean 'uncoupler'\?"):
+    with pytest.raises(InputError, match=r"has the MOA 'uncopler'; did you mean 'uncoupler'\?") as caught:
         run(config, str(folder / "screen"))
+    assert caught.type is InputError  # and no wrong usage
     assert not (folder / "screen").exists()
 
 
 def test_a_plate_without_controls_is_found_before_anything_is_written(folder: Path) -> None:
     edit(folder / "plate_map.csv", "p2,A01,DMSO,negative_control", "p2,A01,DMSO,treatment")
-    with pytest.raises(InputError, match=r"plate\(s\) \['p2'\] have no well of the role negative_control"):
+    with pytest.raises(InputError, match=r"plate\(s\) \['p2'\] have no well of the role negative_control") as caught:
         run(configured(folder), str(folder / "screen"))
+    assert caught.type is InputError  # and no wrong usage
     assert not (folder / "screen").exists()
 
 
